@@ -1,0 +1,40 @@
+"""SMILE for the fusion-bench framework: zero-shot sparse mixture of low-rank experts (arXiv 2408.10174).
+
+Importing this package registers the checkpoint format with transformers, so that ``from_pretrained`` loads upscaled
+models.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import load, save
+from .config import SmileConfig
+from .errors import CheckpointError, ConfigError, PlanError, SmileError
+from .layers import SmileLinear
+from ._version import __version__
+from .upscale import upscale
+
+if TYPE_CHECKING:
+    from .algorithm import SmileUpscalingAlgorithm
+
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "PlanError",
+    "SmileConfig",
+    "SmileError",
+    "SmileLinear",
+    "SmileUpscalingAlgorithm",
+    "__version__",
+    "load",
+    "save",
+    "upscale",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SmileUpscalingAlgorithm":  # the framework takes seconds to import; the layers don't need it
+        from .algorithm import SmileUpscalingAlgorithm
+
+        return SmileUpscalingAlgorithm
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,129 @@
+"""The framework's method: a thin adapter from a model pool to `upscale`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fusion_bench.method.base_algorithm import BaseAlgorithm
+from fusion_bench.mixins.lightning_fabric import LightningFabricMixin
+from fusion_bench.mixins.simple_profiler import SimpleProfilerMixin
+from fusion_bench.modelpool.base_pool import BaseModelPool
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from tqdm.auto import tqdm
+
+from .checkpoint import check_writable, is_checkpoint, load, save
+from .config import SmileConfig, check_keys
+from .errors import PlanError, SmileError
+from .upscale import upscale
+
+log = logging.getLogger(__name__)
+
+PRETRAINED = "_pretrained_"
+OPTIONS = [field.name for field in fields(SmileConfig)]
+
+
+class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
+    """SMILE upscaling (arXiv 2408.10174, section 4) as a method of the framework.
+
+    Args:
+        model_path: a folder. If it holds a checkpoint, that is loaded instead of upscaling; else the upscaled model is
+            saved there.
+        options: the fields of `SmileConfig`; the names are those of the framework's own SMILE.
+
+    Raises:
+        ConfigError: for an unknown option, or a value that can't work.
+    """
+
+    _config_mapping = BaseAlgorithm._config_mapping | {name: name for name in [*OPTIONS, "model_path"]}
+
+    def __init__(self, *, model_path: str | None = None, **options: Any) -> None:
+        super().__init__()
+        check_keys(options, [*OPTIONS, "model_path"])
+        plain = {key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in options.items()}
+        self.options = SmileConfig.from_dict(plain)
+        self.model_path = model_path
+        for name in OPTIONS:  # what the framework reads for `self.config`
+            setattr(self, name, getattr(self.options, name))
+
+    def run(self, modelpool: BaseModelPool | Mapping[str, nn.Module] | Sequence[nn.Module]) -> nn.Module:
+        """Upscale the models of a pool.
+
+        Args:
+            modelpool: a model pool, a mapping with the key ``_pretrained_``, or a sequence whose first entry is the
+                pretrained model.
+
+        Returns:
+            The upscaled model, on the CPU unless the pool put the pretrained model elsewhere.
+
+        Raises:
+            SmileError: for whatever can't be upscaled, loaded or saved; see `upscale`, `load` and `save`.
+        """
+        pool = _as_pool(modelpool)
+        for path in filter(None, [self.model_path, getattr(self._program, "merged_model_save_path", None)]):
+            if "{" not in path:  # the framework fills in its log folder later
+                check_writable(Path(path))
+        if self.model_path is not None and is_checkpoint(self.model_path):
+            log.info("loading the upscaled model from %s", self.model_path)
+            with self.profile("load upscaled model"):
+                return load(self.model_path, _load_unless_transformers(pool, self.model_path))
+        model = self._upscale(pool)
+        if self.model_path is not None:
+            with self.profile("save upscaled model"):
+                save(model, self.model_path)
+            if self._fabric_instance is not None:
+                self.fabric.barrier()
+        if rank_zero_only.rank == 0:
+            log.info("%s", self.profiler.summary())
+        return model
+
+    def _upscale(self, pool: BaseModelPool) -> nn.Module:
+        if PRETRAINED not in pool.all_model_names:
+            raise PlanError(f"the model pool has no {PRETRAINED!r} model; it has: {', '.join(pool.all_model_names)}")
+        with self.profile("load pretrained model"):
+            pretrained = _load(pool, PRETRAINED)
+        names = pool.model_names
+        with (
+            self.profile("upscale"),
+            tqdm(names, desc="upscaling", unit="expert", disable=rank_zero_only.rank != 0, leave=False) as progress,
+        ):
+            experts = {name: partial(_load, pool, name) for name in names}
+            model = upscale(pretrained, experts, self.options, on_expert=lambda _: progress.update())
+        before, after = (sum(p.numel() for p in m.parameters()) for m in (pretrained, model))
+        log.info("%d experts, %d parameters, parameter ratio %.3f", len(names), after, after / before)
+        return model
+
+
+def _as_pool(models: BaseModelPool | Mapping[str, nn.Module] | Sequence[nn.Module]) -> BaseModelPool:
+    if isinstance(models, BaseModelPool):
+        return models
+    if isinstance(models, (Mapping, DictConfig)):
+        return BaseModelPool(dict(models))
+    return BaseModelPool({PRETRAINED if i == 0 else str(i - 1): model for i, model in enumerate(models)})
+
+
+def _load(pool: BaseModelPool, name: str) -> nn.Module:
+    entry = pool._models[name]
+    where = entry if isinstance(entry, str) else ""
+    if isinstance(entry, (DictConfig, Mapping)):
+        where = str(entry.get("pretrained_model_name_or_path", ""))
+    if where.startswith(("/", "./", "../", "~")) and not Path(where).expanduser().exists():
+        raise PlanError(f"model {name!r} of the pool: the folder {where} does not exist; correct its path")
+    try:
+        return pool.load_model(name)
+    except SmileError:
+        raise
+    except Exception as error:
+        shown = where or entry
+        raise PlanError(f"model {name!r} of the pool ({shown}) can't be loaded: {error}") from error
+
+
+def _load_unless_transformers(pool: BaseModelPool, path: str) -> nn.Module | None:
+    """The pretrained model, where the checkpoint at `path` needs it to be loaded into."""
+    return None if (Path(path) / "config.json").exists() else _load(pool, PRETRAINED)

@@ -1,0 +1,175 @@
+"""Check everything that can fail before the first factor is computed: which layers, which ranks, do the experts fit."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from .config import SmileConfig
+from .errors import ConfigError, PlanError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One linear layer that will be upscaled; the ranks are capped by its size."""
+
+    name: str
+    in_features: int
+    out_features: int
+    k: int
+    gate_k: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an upscaling will do.
+
+    Attributes:
+        layers: the linear layers to upscale, in the model's order.
+        num_experts: how many experts are to come.
+        tensors: name, shape of every parameter and persistent buffer of the pretrained model.
+        rest: the names among them that belong to no upscaled layer.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    num_experts: int
+    tensors: dict[str, torch.Size]
+    rest: tuple[str, ...]
+
+
+def make_plan(pretrained: nn.Module, num_experts: int, config: SmileConfig) -> Plan:
+    """Plan the upscaling of `pretrained` with `num_experts` experts.
+
+    Raises:
+        PlanError: no experts, no layer to upscale, or a layer whose weights are read past its ``forward``.
+        ConfigError: `top_k` above the number of experts, or a rank that every layer is too small for.
+    """
+    if num_experts < 1:
+        raise PlanError("no experts: give at least one fine-tuned model beside the pretrained one")
+    if config.top_k > num_experts:
+        raise ConfigError(f"top_k={config.top_k} is more than the {num_experts} experts there are")
+    check_finite(pretrained, "the pretrained model")
+    _check_patterns(pretrained, config)
+    chosen = dict(_chosen_layers(pretrained, config))
+    if not chosen:
+        raise PlanError(_nothing_to_upscale(pretrained, config))
+    largest = max(min(layer.in_features, layer.out_features) for layer in chosen.values())
+    for option in ("gate_k", "k"):
+        value = getattr(config, option)
+        if value > largest:
+            raise ConfigError(f"{option}={value} is more than any layer allows; the largest possible is {largest}")
+    layers = tuple(_plan_layer(name, layer, config) for name, layer in chosen.items())
+    _log_caps(layers, config)
+    tensors = {name: tensor.shape for name, tensor in pretrained.state_dict().items()}
+    return Plan(layers, num_experts, tensors, _rest(pretrained, chosen))
+
+
+def check_expert(plan: Plan, name: str, expert: nn.Module) -> None:
+    """Refuse an expert that doesn't have exactly the pretrained model's tensors, or has non-finite ones.
+
+    Raises:
+        PlanError: naming the expert, the tensor, and what is wrong with it.
+    """
+    tensors = {key: tensor.shape for key, tensor in expert.state_dict().items()}
+    missing = [key for key in plan.tensors if key not in tensors]
+    extra = [key for key in tensors if key not in plan.tensors]
+    if missing or extra:
+        parts = [f"{len(missing)} tensors missing (first: {missing[0]})"] if missing else []
+        parts += [f"{len(extra)} additional tensors (first: {extra[0]})"] if extra else []
+        raise PlanError(
+            f"expert {name!r} has another architecture than the pretrained model: {', '.join(parts)}; "
+            "use experts that were fine-tuned from this pretrained model"
+        )
+    for key, shape in plan.tensors.items():
+        if tensors[key] != shape:
+            raise PlanError(
+                f"expert {name!r}: {key} has the shape {tuple(tensors[key])}, the pretrained model's is {tuple(shape)}; "
+                "use experts that were fine-tuned from this pretrained model"
+            )
+    check_finite(expert, f"expert {name!r}")
+
+
+def check_finite(model: nn.Module, label: str) -> None:
+    """Raise PlanError, naming the tensor, if a parameter of `model` holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            kind = "NaN" if torch.isnan(parameter).any() else "infinity"
+            raise PlanError(f"{label} holds {kind} in {name}; it was not saved or trained correctly")
+
+
+def _chosen_layers(model: nn.Module, config: SmileConfig) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        targeted = config.target_modules is None or any(fnmatchcase(name, p) for p in config.target_modules)
+        excluded = any(fnmatchcase(name, p) for p in config.exclude_modules)
+        if not targeted or excluded:
+            continue
+        if type(module).forward is not nn.Linear.forward:
+            raise PlanError(
+                f"{name} is a {type(module).__name__}, which computes more than torch.nn.Linear does; "
+                f"leave it out with exclude_modules=['{name}'], or start from a model with plain linear layers"
+            )
+        bypass = _bypassed_by(model, name)
+        if bypass:
+            raise PlanError(
+                f"{bypass} reads the weights of {name} without calling the layer, so its experts would be ignored; "
+                f"leave it out with exclude_modules=['{name}']"
+            )
+        yield name, module
+
+
+def _check_patterns(model: nn.Module, config: SmileConfig) -> None:
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for pattern in (*(config.target_modules or ()), *config.exclude_modules):
+        if not any(fnmatchcase(name, pattern) for name in linear):
+            near = difflib.get_close_matches(pattern, linear, n=1, cutoff=0.3)
+            hint = f"; a linear layer is called {near[0]}" if near else ""
+            raise ConfigError(f"the module pattern {pattern!r} matches no linear layer of this model{hint}")
+
+
+def _bypassed_by(model: nn.Module, name: str) -> str | None:
+    """The torch module around a linear layer that reads its weight itself (their fused attention paths do)."""
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        parent = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            return f"torch.nn.{type(parent).__name__}"
+    return None
+
+
+def _nothing_to_upscale(model: nn.Module, config: SmileConfig) -> str:
+    linear = sum(isinstance(module, nn.Linear) for module in model.modules())
+    if not linear:
+        return f"{type(model).__name__} has no linear layer to upscale"
+    return f"target_modules and exclude_modules leave none of the {linear} linear layers of {type(model).__name__}"
+
+
+def _plan_layer(name: str, layer: nn.Linear, config: SmileConfig) -> LayerPlan:
+    largest = min(layer.in_features, layer.out_features)
+    return LayerPlan(name, layer.in_features, layer.out_features, min(config.k, largest), min(config.gate_k, largest))
+
+
+def _log_caps(layers: tuple[LayerPlan, ...], config: SmileConfig) -> None:
+    for option in ("gate_k", "k"):
+        capped = [layer for layer in layers if getattr(layer, option) < getattr(config, option)]
+        if capped:
+            log.info(
+                "%s=%d is capped in %d of %d layers by their size, first in %s (%d)",
+                option, getattr(config, option), len(capped), len(layers), capped[0].name, getattr(capped[0], option),
+            )  # fmt: skip
+
+
+def _rest(model: nn.Module, chosen: dict[str, nn.Linear]) -> tuple[str, ...]:
+    """State-dict names of the tensors in no upscaled layer, also not by being tied to one."""
+    inside: set[int] = {id(p) for layer in chosen.values() for p in layer.parameters()}
+    tensors: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+    return tuple(name for name, tensor in tensors.items() if id(tensor) not in inside)
