@@ -27,7 +27,7 @@ from safetensors.torch import load_model as load_safetensors
 from safetensors.torch import save_model as save_safetensors
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -43,7 +43,6 @@ PLAIN_FILE = "smile.json"
 HINT = "pip install fusion-bench-smile, and import fusion_bench_smile before from_pretrained"
 
 
-@register_quantization_config(METHOD)
 class SmileSection(QuantizationConfigMixin):
     """The SMILE section of ``config.json``.
 
@@ -74,7 +73,6 @@ class SmileSection(QuantizationConfigMixin):
         return {name: SmileLayout.from_dict(values) for name, values in self.layers.items()}
 
 
-@register_quantizer(METHOD)
 class SmileLoader(HfQuantizer):
     """Builds the routed layers when transformers loads a model with a SMILE section."""
 
@@ -118,6 +116,11 @@ class SmileLoader(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+# what register_quantization_config and register_quantizer do; those don't exist before transformers 4.50
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = SmileSection
+AUTO_QUANTIZER_MAPPING[METHOD] = SmileLoader
 
 
 def empty_layer(plain: nn.Linear, layout: SmileLayout) -> SmileLinear:

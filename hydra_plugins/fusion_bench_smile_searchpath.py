@@ -1,12 +1,21 @@
 """Lets `fusion_bench method=smile_upscaling …` find this package's configuration, from any directory."""
 
+import difflib
+import re
 import sys
 from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
 
-OURS = Path(__file__).resolve().parent.parent / "fusion_bench_smile_config"
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ROOT / "fusion_bench_smile_config"
+
+# ${smile_embedded:clip} in a configuration is that folder of the embedded benchmark, wherever it is installed
+OmegaConf.register_new_resolver(
+    "smile_embedded", lambda part: str(ROOT / "fusion_bench_smile" / "embedded" / "data" / part), replace=True
+)
 
 
 class FusionBenchSmileSearchPath(SearchPathPlugin):
@@ -22,7 +31,21 @@ class FusionBenchSmileSearchPath(SearchPathPlugin):
         for provider, folder in (("fusion-bench", framework), ("fusion-bench-smile", OURS)):
             if folder.resolve() not in present:
                 search_path.append(provider, f"file://{folder}")
+        _refuse_unknown_options(sys.argv[1:])
 
 
 def _folder(path: str) -> Path:
     return Path(path.removeprefix("file://")).resolve()
+
+
+def _refuse_unknown_options(arguments: list[str]) -> None:
+    """Name the nearest option for a misspelled one: Hydra would say no more than that the key is not in struct."""
+    if "method=smile_upscaling" not in arguments:
+        return
+    known = list(OmegaConf.load(OURS / "method" / "smile_upscaling.yaml"))
+    for argument in arguments:
+        match = re.match(r"method\.([^.=]+)", argument)
+        if match and match[1] not in known:
+            near = difflib.get_close_matches(match[1], known, n=1, cutoff=0.5)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise SystemExit(f"unknown option method.{match[1]}{hint}; valid options: {', '.join(known[1:])}")

@@ -28,8 +28,12 @@ log = logging.getLogger(__name__)
 
 SPRITE = 36  # pixels: what a sprite is stored at; it is drawn at 28
 PICTURE, GLYPH, CROP = 0, 1, 2
-# how often each part is drawn
+# how often each part is drawn while the towers find each other …
 WEIGHTS = {"emoji": 0.22, "stamps": 0.08, "clipart": 0.24, "characters": 0.26, "textures": 0.1, "planets": 0.1}
+
+# … and afterwards: more of what the tasks need, less of what has a caption of its own for every picture
+REFINED_WEIGHTS = {"pictures": 0.26, "letters": 0.42, "other characters": 0.10, "crops": 0.22}
+LETTERS = re.compile(r"the (capital letter|small letter|digit|hiragana)")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,19 @@ class Corpus:
     captions: list[str]
     weights: np.ndarray
     backgrounds: np.ndarray
+
+    def refined_weights(self) -> np.ndarray:
+        letters = np.array([bool(LETTERS.match(caption)) for caption in self.captions])
+        parts = {
+            "letters": (self.kinds == GLYPH) & letters,
+            "other characters": (self.kinds == GLYPH) & ~letters,
+            "crops": self.kinds == CROP,
+            "pictures": self.kinds == PICTURE,
+        }
+        weights = self.weights.copy()
+        for name, part in parts.items():
+            weights[part] *= REFINED_WEIGHTS[name] / weights[part].sum()
+        return weights
 
 
 Entry = tuple[np.ndarray, int, str]

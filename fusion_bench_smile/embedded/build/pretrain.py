@@ -1,4 +1,4 @@
-"""Pretrain the small CLIP on the corpus: contrastive, two towers, its own byte-pair vocabulary."""
+"""Pretrain the small CLIP on the corpus: two towers in one embedding space, its own byte-pair vocabulary."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,8 @@ from .images import SIZE
 
 log = logging.getLogger(__name__)
 
-BATCH = 128
 MAX_TOKENS = 24
 MEAN, STD = 0.5, 0.25
-# FLIP (arXiv 2212.00794): most steps see half of the patches only, which halves their cost
-MASKED_UNTIL = 0.75
 
 
 def build_processor(corpus: Corpus, folder: Path) -> CLIPProcessor:
@@ -100,10 +99,10 @@ def build_model(processor: CLIPProcessor) -> CLIPModel:
     return CLIPModel(config)
 
 
-def vision_features(model: CLIPModel, pixels: Tensor, keep: Tensor | None) -> Tensor:
-    """Normalised image embeddings (N, 128); `keep` (N, P') selects the patches that are seen."""
+def image_embeds(model: CLIPModel, pixels: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Normalised image embeddings (N, D) of pixels (N, 3, 28, 28); `keep` (N, P') selects the patches that are seen."""
     vision = model.vision_model
-    hidden = vision.embeddings(pixels)  # (N, 1 + P, D)
+    hidden = vision.embeddings(pixels)  # (N, 1 + P, H)
     if keep is not None:
         index = torch.cat([torch.zeros_like(keep[:, :1]), keep + 1], dim=1)
         hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
@@ -111,15 +110,13 @@ def vision_features(model: CLIPModel, pixels: Tensor, keep: Tensor | None) -> Te
     return F.normalize(model.visual_projection(vision.post_layernorm(hidden[:, 0])), dim=-1)
 
 
+def text_embeds(model: CLIPModel, texts: Mapping[str, Tensor]) -> Tensor:
+    """Normalised text embeddings (N, D) of tokenized prompts."""
+    return F.normalize(model.text_projection(model.text_model(**texts).pooler_output), dim=-1)
+
+
 def normalize(images: Tensor) -> Tensor:
     return (images - MEAN) / STD
-
-
-def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, same: Tensor) -> Tensor:
-    """CLIP's symmetric loss; pairs with the same caption (`same`, (N, N)) are all positives."""
-    logits = scale.exp().clamp(max=100) * images @ texts.T
-    target = same.float() / same.sum(1, keepdim=True)
-    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
@@ -128,57 +125,113 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def pretrain(corpus: Corpus, folder: Path, steps: int, seed: int = 0) -> CLIPModel:
-    """Train for `steps` and save the model into `folder`; a killed run goes on from its last state."""
+@dataclass(frozen=True)
+class Stage:
+    """One stage of pretraining; its learning rate warms up and then falls along a cosine towards `horizon` steps."""
+
+    name: str
+    steps: int
+    horizon: int
+    batch: int
+    lr: float
+    warmup: int
+
+    def factor(self, step: int) -> float:
+        return min((step + 1) / self.warmup, 0.5 * (1 + math.cos(math.pi * min(step, self.horizon) / self.horizon)) + 0.01)
+
+
+# FLIP (arXiv 2212.00794): the contrastive stage sees half of the patches, which halves its cost. The second stage
+# replaces the other pairs of the batch by the embeddings of all captions: small batches then teach much faster.
+CONTRASTIVE = Stage("contrastive", steps=2000, horizon=7000, batch=128, lr=8e-4, warmup=300)
+REFINING = Stage("refining", steps=5600, horizon=5600, batch=64, lr=6e-4, warmup=200)
+
+
+class Sampler:
+    """Draws batches: pixels, tokenized prompts and caption numbers; the same for the same seed and step."""
+
+    def __init__(self, corpus: Corpus, processor: CLIPProcessor, weights: np.ndarray, batch: int, seed: int) -> None:
+        self.corpus, self.tokenizer, self.batch, self.seed = corpus, processor.tokenizer, batch, seed
+        self.probability = weights / weights.sum()
+        self.names = sorted(set(corpus.captions))
+        number = {caption: i for i, caption in enumerate(self.names)}
+        self.number = torch.tensor([number[caption] for caption in corpus.captions])
+        self.prompts = [[p.format(c) for p in PROMPTS[int(k)]] for c, k in zip(corpus.captions, corpus.kinds, strict=True)]
+
+    def draw(self, step: int) -> tuple[Tensor, Mapping[str, Tensor], Tensor, np.random.Generator]:
+        rng = np.random.default_rng([self.seed, step])
+        index = rng.choice(len(self.probability), self.batch, p=self.probability)
+        images, prompt = augment(self.corpus, index, rng)
+        chosen = [self.prompts[i][p] for i, p in zip(index, prompt, strict=True)]
+        return normalize(images), self.tokenize(chosen), self.number[index], rng
+
+    def tokenize(self, texts: list[str]) -> Mapping[str, Tensor]:
+        return self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+
+
+def pretrain(corpus: Corpus, folder: Path, seed: int = 0) -> CLIPModel:
+    """Train both stages and save the model into `folder`; a killed run goes on from its last state."""
     torch.manual_seed(seed)
     processor = build_processor(corpus, folder)
     model = build_model(processor)
-    prompts = [[p.format(c) for p in PROMPTS[int(k)]] for c, k in zip(corpus.captions, corpus.kinds, strict=True)]
-    optimizer = torch.optim.AdamW(decay_groups(model, 0.1), lr=8e-4, betas=(0.9, 0.98), eps=1e-6)
-    warmup = min(300, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(s, steps) / steps)) + 0.01)
-    )
-    start, state = 0, folder.parent / "pretrain.pt"
-    if state.exists():
-        saved = torch.load(state, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        start = saved["step"]
-    probability = corpus.weights / corpus.weights.sum()
-    patches = model.vision_model.embeddings.num_patches
-    began, running = time.perf_counter(), 0.0
-    model.train()
-    for step in range(start, steps):
-        rng = np.random.default_rng([seed, step])
-        index = rng.choice(len(corpus.captions), BATCH, p=probability)
-        images, prompt = augment(corpus, index, rng)
-        texts = processor.tokenizer(
-            [prompts[i][p] for i, p in zip(index, prompt, strict=True)], padding=True, truncation=True, return_tensors="pt"
-        )
-        ids = {c: n for n, c in enumerate({corpus.captions[i] for i in index})}
-        caption = torch.tensor([ids[corpus.captions[i]] for i in index])
-        keep = None
-        if step < MASKED_UNTIL * steps:
-            noise = torch.from_numpy(rng.random((BATCH, patches)))
-            keep = noise.argsort(1)[:, : patches // 2]
-        image_features = vision_features(model, normalize(images), keep)
-        text_features = F.normalize(model.text_projection(model.text_model(**texts).pooler_output), dim=-1)
-        loss = contrastive_loss(image_features, text_features, model.logit_scale, caption[:, None] == caption[None])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        running = 0.98 * running + 0.02 * loss.item() if step > start else loss.item()
-        if (step + 1) % 100 == 0:
-            log.info("step %d/%d loss %.3f, %.2f s a step", step + 1, steps, running, (time.perf_counter() - began) / (step + 1 - start))
-        if (step + 1) % 500 == 0 or step + 1 == steps:
-            torch.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step + 1},
-                state.with_suffix(".part"),
-            )
-            state.with_suffix(".part").rename(state)
+    _train_contrastive(model, Sampler(corpus, processor, corpus.weights, CONTRASTIVE.batch, seed), folder.parent)
+    _train_refining(model, Sampler(corpus, processor, corpus.refined_weights(), REFINING.batch, seed + 7), folder.parent)
     model.eval().save_pretrained(folder)
     return model
+
+
+def _train_contrastive(model: CLIPModel, sampler: Sampler, folder: Path) -> None:
+    patches = model.vision_model.embeddings.num_patches
+
+    def loss(step: int) -> Tensor:
+        pixels, texts, captions, rng = sampler.draw(step)
+        keep = torch.from_numpy(rng.random((len(pixels), patches))).argsort(1)[:, : patches // 2]
+        logits = model.logit_scale.exp().clamp(max=100) * image_embeds(model, pixels, keep) @ text_embeds(model, texts).T
+        same = (captions[:, None] == captions[None]).float()  # pairs with the same caption are all positives
+        target = same / same.sum(1, keepdim=True)
+        return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+
+    _train(CONTRASTIVE, model, loss, folder, weight_decay=0.1)
+
+
+def _train_refining(model: CLIPModel, sampler: Sampler, folder: Path) -> None:
+    table = nn.Embedding(len(sampler.names), model.config.projection_dim)
+    with torch.no_grad():
+        parts = [sampler.names[i : i + 500] for i in range(0, len(sampler.names), 500)]
+        table.weight.copy_(torch.cat([text_embeds(model, sampler.tokenize(part)) for part in parts]))
+        table.weight.mul_(math.sqrt(model.config.projection_dim))
+
+    def loss(step: int) -> Tensor:
+        pixels, texts, captions, _ = sampler.draw(step)
+        scaled = model.logit_scale.exp().clamp(max=100) * F.normalize(table.weight, dim=-1).T
+        images = F.cross_entropy(image_embeds(model, pixels) @ scaled, captions)
+        return images + 0.5 * F.cross_entropy(text_embeds(model, texts) @ scaled, captions)
+
+    _train(REFINING, nn.ModuleDict({"model": model, "table": table}), loss, folder, weight_decay=0.05)
+
+
+def _train(stage: Stage, module: nn.Module, loss_of: Callable[[int], Tensor], folder: Path, weight_decay: float) -> None:
+    optimizer = torch.optim.AdamW(decay_groups(module, weight_decay), lr=stage.lr, betas=(0.9, 0.98), eps=1e-6)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, stage.factor)
+    parts = {"module": module, "optimizer": optimizer, "schedule": schedule}
+    file, start = folder / f"pretrain-{stage.name}.pt", 0
+    if file.exists():
+        saved = torch.load(file, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        start = saved["step"]
+    began, running = time.perf_counter(), 0.0
+    module.train()
+    for step in range(start, stage.steps):
+        loss = loss_of(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        running = loss.item() if step == start else 0.98 * running + 0.02 * loss.item()
+        if (step + 1) % 100 == 0:
+            pace = (time.perf_counter() - began) / (step + 1 - start)
+            log.info("%s: step %d of %d, loss %.3f, %.2f s a step", stage.name, step + 1, stage.steps, running, pace)
+        if (step + 1) % 500 == 0 or step + 1 == stage.steps:
+            torch.save({**{n: p.state_dict() for n, p in parts.items()}, "step": step + 1}, file.with_suffix(".part"))
+            file.with_suffix(".part").rename(file)

@@ -1,0 +1,68 @@
+"""The embedded benchmark: a small CLIP, eight image tasks and their experts, shipped with the package.
+
+No network and no training is needed to use it; `docs/embedded.md` says what it is made of, and
+``python -m fusion_bench_smile.embedded.build`` makes it anew.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import CLIPVisionModel
+
+DATA = Path(__file__).parent / "data"
+TASKS = ("digits", "clothes", "animals", "textures", "planets", "letters", "kana", "flags")
+STRENGTHS = ("gentle", "strong")
+
+Strength = Literal["gentle", "strong"]
+Split = Literal["train", "validation", "test"]
+
+for _task in TASKS:  # the framework looks class names and prompts up by the task's name
+    CLIPTemplateFactory._dataset_mapping.setdefault(_task, f"{__name__}.tasks.{_task}")
+
+
+def load_images(task: str, split: Split = "test") -> Dataset:
+    """The images of a task: columns ``image`` (28x28, mode L or RGB) and ``label`` (class number).
+
+    Raises:
+        ValueError: for an unknown task or split.
+    """
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+
+    file = DATA / "images" / f"{task}-{split}.parquet"
+    if task not in TASKS or not file.exists():
+        raise ValueError(f"no images for task {task!r}, split {split!r}; the tasks are {', '.join(TASKS)}")
+    return Dataset(pq.read_table(file))
+
+
+def load_pretrained() -> CLIPVisionModel:
+    """The vision tower of the pretrained CLIP, in float32."""
+    import torch
+    from transformers import CLIPVisionModel
+
+    return CLIPVisionModel.from_pretrained(DATA / "clip", torch_dtype=torch.float32)
+
+
+def load_expert(task: str, strength: Strength = "gentle") -> CLIPVisionModel:
+    """The vision tower fine-tuned on one task: the pretrained one with that task's adapter merged into it.
+
+    Args:
+        strength: how far the fine-tuning went: ``"gentle"`` (small task vectors) or ``"strong"``.
+
+    Raises:
+        ValueError: for an unknown task or strength.
+    """
+    from peft import PeftModel
+
+    if task not in TASKS or strength not in STRENGTHS:
+        raise ValueError(
+            f"no expert for task {task!r}, strength {strength!r}; the tasks are {', '.join(TASKS)}, "
+            f"the strengths {', '.join(STRENGTHS)}"
+        )
+    return PeftModel.from_pretrained(load_pretrained(), str(DATA / strength / task)).merge_and_unload()
