@@ -18,6 +18,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +38,15 @@ from .layers import SmileLayout, SmileLinear
 
 log = logging.getLogger(__name__)
 
-METHOD = "smile"
+
+
+class Method(str, Enum):
+    """The name of the section; an enumeration, because older transformers read its ``value``."""
+
+    SMILE = "smile"
+
+
+METHOD = Method.SMILE.value
 FORMAT_VERSION = 1
 PLAIN_FILE = "smile.json"
 HINT = "pip install fusion-bench-smile, and import fusion_bench_smile before from_pretrained"
@@ -61,7 +70,7 @@ class SmileSection(QuantizationConfigMixin):
         needs: str = HINT,
         **kwargs: Any,
     ) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]  # an enumeration in transformers, a string once registered
+        self.quant_method = Method.SMILE  # type: ignore[assignment]
         self.layers = layers
         self.experts = experts or []
         self.options = options or {}
@@ -104,9 +113,9 @@ class SmileLoader(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # SMILE is no quantization: the mark would make .half(), .to() and training refuse
-        section = model.config.quantization_config
-        self.remove_quantization_config(model)
-        model.config.quantization_config = section
+        model.is_quantized = False
+        model.__dict__.pop("hf_quantizer", None)
+        model.__dict__.pop("quantization_method", None)
         _save_atomically(model)
         return model
 
