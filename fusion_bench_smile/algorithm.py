@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,8 @@ from fusion_bench.method.base_algorithm import BaseAlgorithm
 from fusion_bench.mixins.lightning_fabric import LightningFabricMixin
 from fusion_bench.mixins.simple_profiler import SimpleProfilerMixin
 from fusion_bench.modelpool.base_pool import BaseModelPool
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -45,9 +49,10 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
 
     def __init__(self, *, model_path: str | None = None, **options: Any) -> None:
         super().__init__()
-        check_keys(options, [*OPTIONS, "model_path"])
-        plain = {key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in options.items()}
-        self.options = SmileConfig.from_dict(plain)
+        with _one_clear_line():
+            check_keys(options, [*OPTIONS, "model_path"])
+            plain = {key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in options.items()}
+            self.options = SmileConfig.from_dict(plain)
         self.model_path = model_path
         for name in OPTIONS:  # what the framework reads for `self.config`
             setattr(self, name, getattr(self.options, name))
@@ -65,7 +70,10 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         Raises:
             SmileError: for whatever can't be upscaled, loaded or saved; see `upscale`, `load` and `save`.
         """
-        pool = _as_pool(modelpool)
+        with _one_clear_line():
+            return self._run(_as_pool(modelpool))
+
+    def _run(self, pool: BaseModelPool) -> nn.Module:
         for path in filter(None, [self.model_path, getattr(self._program, "merged_model_save_path", None)]):
             if "{" not in path:  # the framework fills in its log folder later
                 check_writable(Path(path))
@@ -98,6 +106,22 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         before, after = (sum(p.numel() for p in m.parameters()) for m in (pretrained, model))
         log.info("%d experts, %d parameters, parameter ratio %.3f", len(names), after, after / before)
         return model
+
+
+@contextmanager
+def _one_clear_line() -> Iterator[None]:
+    """Under the framework's command line, end the program with the error's own line.
+
+    Hydra would end it with a traceback and a hint about HYDRA_FULL_ERROR. In a sweep the error goes on as it is, for
+    the launcher to record.
+    """
+    try:
+        yield
+    except SmileError as error:
+        alone = HydraConfig.initialized() and HydraConfig.get().mode != RunMode.MULTIRUN
+        if alone and "fusion_bench.scripts.cli" in sys.modules:
+            raise SystemExit(f"error: {error}") from None
+        raise
 
 
 def _as_pool(models: BaseModelPool | Mapping[str, nn.Module] | Sequence[nn.Module]) -> BaseModelPool:

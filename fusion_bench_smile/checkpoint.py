@@ -209,6 +209,7 @@ def load(path: str | os.PathLike[str], pretrained: nn.Module | None = None) -> n
         model_class = getattr(transformers, name, None)
         if model_class is None:
             raise CheckpointError(f"{folder}: config.json names the architecture {name!r}, which transformers lacks")
+        check_tensors(folder, {})  # readable at all? the loader itself compares names and shapes
         return model_class.from_pretrained(folder)
     if pretrained is None:
         raise CheckpointError(f"{folder} holds no transformers model: give the pretrained model it was built from")

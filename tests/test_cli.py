@@ -1,0 +1,257 @@
+"""The real command line, in processes of its own: what works, and the one clear line that bad input gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import clip_tower, perturbed
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from fusion_bench_smile import load
+
+pytestmark = pytest.mark.cli
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PROGRAM = str(Path(sys.executable).with_name("fusion_bench"))
+POOL = """
+_target_: fusion_bench.modelpool.CLIPVisionModelPool
+_recursive_: false
+models:
+"""
+
+
+def fusion_bench(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment}
+    return subprocess.run(
+        [PROGRAM, *arguments], cwd=cwd, env={**os.environ, **settings}, capture_output=True, text=True, check=False
+    )
+
+
+class Workplace:
+    """A folder with small models on disk and a model pool configuration that names them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.models: dict[str, str] = {}
+        base = clip_tower()
+        self.add("_pretrained_", base)
+        for seed, name in enumerate(("red", "green")):
+            self.add(name, perturbed(base, seed=seed))
+
+    def add(self, name: str, model: torch.nn.Module) -> Path:
+        folder = self.root / "models" / name
+        model.save_pretrained(folder)
+        self.models[name] = str(folder)
+        return folder
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        config = self.root / "conf" / "modelpool"
+        config.mkdir(parents=True, exist_ok=True)
+        (config / "small.yaml").write_text(POOL + "".join(f"  {n}: {path}\n" for n, path in self.models.items()))
+        common = ["--config-dir", str(config.parent), "method=smile_upscaling", "modelpool=small", "print_config=false"]
+        return fusion_bench(*common, "method.k=4", "method.gate_k=2", *arguments, cwd=self.root)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Workplace:
+    return Workplace(tmp_path)
+
+
+def fails_with(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert message in last, done.stderr[-3000:]
+
+
+def other_clip(**changes: int) -> CLIPVisionModel:
+    settings = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "image_size": 28, "patch_size": 7,
+    }  # fmt: skip
+    return CLIPVisionModel(CLIPVisionConfig(**{**settings, **changes}))
+
+
+def test_upscale_save_and_load_again(workplace):
+    target = workplace.root / "out" / "smile"
+    done = workplace.run(f"merged_model_save_path={target}", f"method.model_path={workplace.root / 'own'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = load(target), load(workplace.root / "own")
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    workplace.models = {"_pretrained_": str(target)}  # a saved SMILE model is a model of any pool
+    again = workplace.root / "again"
+    done = workplace.run("method=dummy", "~method.k", "~method.gate_k", f"merged_model_save_path={again}")
+    loaded = workplace.run(f"method.model_path={workplace.root / 'own'}", f"merged_model_save_path={again}")
+    assert loaded.returncode == 0, loaded.stderr[-3000:]
+    assert "loading the upscaled model" in loaded.stdout
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), load(again).parameters(), strict=True))
+
+
+def test_the_frameworks_own_options_are_accepted(workplace):
+    done = workplace.run(
+        "method.device=cpu", "method.upscaling_accelerator=cpu", "method.full_matrices=true", "method.top_k=2",
+        "method.routing_use_diff=false", "method.average_experts=true", "method.model_path=null",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+OPTIONS = {
+    "method.gatek=3": "unknown option method.gatek (did you mean 'gate_k'?)",
+    "+method.gatek=3": "unknown option 'gatek' (did you mean 'gate_k'?)",
+    "method.k=0": "k=0: an expert needs a rank of at least 1",
+    "method.gate_k=0": "gate_k=0: the router needs a rank of at least 1",
+    "method.k=33": "k=33 is more than any layer allows; the largest possible is 32",
+    "method.top_k=0": "top_k=0: at least 1 expert must serve each token",
+    "method.top_k=3": "top_k=3 is more than the 2 experts there are",
+    "merged_model_save_path=/proc/smile/model": "nothing can be written to /proc/smile",
+    "method.model_path=/proc/smile/model": "nothing can be written to /proc/smile",
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_bad_options(workplace, option):
+    fails_with(workplace.run(option, "merged_model_save_path=out" if "merged" not in option else "seed=1"), OPTIONS[option])
+    assert not (workplace.root / "out").exists()
+
+
+def test_a_misspelled_pool(workplace):
+    done = workplace.run("modelpool=smal")
+    assert done.returncode != 0
+    assert "Could not find 'modelpool/smal'" in done.stderr
+
+
+def nan_expert(workplace: Workplace) -> None:
+    model = perturbed(clip_tower())
+    model.vision_model.encoder.layers[1].mlp.fc1.weight.data[0, 0] = float("nan")
+    workplace.add("bad", model)
+
+
+def corrupt_expert(workplace: Workplace) -> None:
+    file = workplace.add("bad", clip_tower()) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-64])
+
+
+def missing_tensor(workplace: Workplace) -> None:
+    file = workplace.add("bad", clip_tower()) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["vision_model.post_layernorm.weight"][0] = float("inf")
+    save_file(tensors, file, {"format": "pt"})
+
+
+def missing_folder(workplace: Workplace) -> None:
+    workplace.models["bad"] = str(workplace.root / "nowhere")
+
+
+def no_pretrained(workplace: Workplace) -> None:
+    del workplace.models["_pretrained_"]
+
+
+def no_experts(workplace: Workplace) -> None:
+    workplace.models = {"_pretrained_": workplace.models["_pretrained_"]}
+
+
+MODELS = {
+    "wider": (lambda w: w.add("bad", other_clip(hidden_size=40)), "expert 'bad': vision_model.embeddings"),
+    "deeper": (lambda w: w.add("bad", other_clip(num_hidden_layers=3)), "16 additional tensors (first: vision_model"),
+    "shallower": (lambda w: w.add("bad", other_clip(num_hidden_layers=1)), "16 tensors missing (first: vision_model"),
+    "other patches": (lambda w: w.add("bad", other_clip(patch_size=14)), "position_embedding.weight has the shape (5, 32)"),
+    "NaN": (nan_expert, "expert 'bad' holds NaN in vision_model.encoder.layers.1.mlp.fc1.weight"),
+    "infinity": (missing_tensor, "expert 'bad' holds infinity in vision_model.post_layernorm.weight"),
+    "corrupt file": (corrupt_expert, "model 'bad' of the pool"),
+    "missing folder": (missing_folder, "nowhere does not exist; correct its path"),
+    "no pretrained": (no_pretrained, "the model pool has no '_pretrained_' model; it has: red, green"),
+    "no experts": (no_experts, "no experts: give at least one fine-tuned model beside the pretrained one"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_bad_models(workplace, case):
+    spoil, message = MODELS[case]
+    spoil(workplace)
+    fails_with(workplace.run("merged_model_save_path=out"), message)
+    assert not (workplace.root / "out").exists()
+
+
+def test_a_saved_model_that_is_not_whole_is_refused(workplace):
+    broken = workplace.root / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    fails_with(workplace.run(f"method.model_path={broken}"), "has no SMILE section: this is a checkpoint of another model")
+    assert os.listdir(broken) == ["config.json"]
+
+
+@pytest.mark.parametrize("where", ["checkout", "config folder", "elsewhere"])
+def test_the_configuration_is_found_from_anywhere(where, tmp_path):
+    if where == "config folder":
+        (tmp_path / "config").mkdir()
+    cwd = REPOSITORY if where == "checkout" else tmp_path
+    done = fusion_bench("method=smile_upscaling", "--cfg", "job", "--package", "method", cwd=cwd)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "_target_: fusion_bench_smile.SmileUpscalingAlgorithm" in done.stdout
+
+
+def test_a_wheel_holds_everything(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([*build, str(REPOSITORY)], check=True, capture_output=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    configs = [f.relative_to(REPOSITORY / "config") for f in (REPOSITORY / "config").rglob("*.yaml")]
+    assert all(f"fusion_bench_smile_config/{name}" in names for name in configs)
+    data = REPOSITORY / "fusion_bench_smile" / "embedded" / "data"
+    assert all(str(f.relative_to(REPOSITORY)) in names for f in data.rglob("*") if f.is_file())
+    assert not any(name.startswith(("tests/", "benchmarks/", "config/")) for name in names)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    done = fusion_bench(
+        "method=smile_upscaling", "--info", "searchpath", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert str(tmp_path / "site" / "fusion_bench_smile_config") in done.stdout
+
+
+def test_other_hydra_applications_are_left_alone(tmp_path):
+    script = tmp_path / "app.py"
+    script.write_text(
+        "import hydra\n"
+        "@hydra.main(config_path=None, version_base=None)\n"
+        "def main(cfg):\n"
+        "    import sys\n"
+        "    assert 'fusion_bench' not in sys.modules and 'torch' not in sys.modules\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, str(script), "--info", "searchpath"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "fusion-bench-smile" not in done.stdout
+
+
+EMBEDDED = ["method=smile_upscaling", "modelpool=SmileEmbedded/gentle", "taskpool=SmileEmbedded/validation"]
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads(next(folder.rglob("program_report.json")).read_text())
+
+
+def test_two_processes_report_and_save_like_one(tmp_path):
+    """Two CPU processes (gloo): each evaluates its share, the report is the whole's, one checkpoint is written."""
+    common = [*EMBEDDED, "method.gate_k=4", "method.k=8", "print_config=false", "fabric.accelerator=cpu"]
+    for task in ("clothes", "animals", "textures", "planets", "letters", "kana"):
+        common += [f"~modelpool.models.{task}", f"~taskpool.test_datasets.{task}"]
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder, devices in zip(folders, (["fabric.devices=1"], ["fabric.devices=2", "fabric.strategy=ddp"]), strict=True):
+        folder.mkdir()
+        done = fusion_bench(*common, *devices, "merged_model_save_path=saved", cwd=folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (report_of(folder) for folder in folders)
+    assert one["model_info"] == two["model_info"]
+    for task in ("digits", "flags"):
+        assert one[task]["accuracy"] == pytest.approx(two[task]["accuracy"], abs=1e-6)
+    a, b = (load(folder / "saved") for folder in folders)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert not [name for name in os.listdir(folders[1]) if name.endswith((".part", ".old"))]
