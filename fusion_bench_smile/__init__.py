@@ -6,11 +6,11 @@ models.
 
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
 from .checkpoint import load, save
 from .config import SmileConfig
 from .errors import CheckpointError, ConfigError, PlanError, SmileError
 from .layers import SmileLinear
-from ._version import __version__
 from .upscale import upscale
 
 if TYPE_CHECKING:

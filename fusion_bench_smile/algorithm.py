@@ -87,7 +87,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
                 save(model, self.model_path)
             if self._fabric_instance is not None:
                 self.fabric.barrier()
-        if rank_zero_only.rank == 0:
+        if _rank() == 0:
             log.info("%s", self.profiler.summary())
         return model
 
@@ -99,7 +99,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         names = pool.model_names
         with (
             self.profile("upscale"),
-            tqdm(names, desc="upscaling", unit="expert", disable=rank_zero_only.rank != 0, leave=False) as progress,
+            tqdm(names, desc="upscaling", unit="expert", disable=_rank() != 0, leave=False) as progress,
         ):
             experts = {name: partial(_load, pool, name) for name in names}
             model = upscale(pretrained, experts, self.options, on_expert=lambda _: progress.update())
@@ -122,6 +122,10 @@ def _one_clear_line() -> Iterator[None]:
         if alone and "fusion_bench.scripts.cli" in sys.modules:
             raise SystemExit(f"error: {error}") from None
         raise
+
+
+def _rank() -> int:
+    return getattr(rank_zero_only, "rank", 0)
 
 
 def _as_pool(models: BaseModelPool | Mapping[str, nn.Module] | Sequence[nn.Module]) -> BaseModelPool:

@@ -1,4 +1,4 @@
-"""Save and load. An upscaled transformers model is saved by plain ``save_pretrained`` and loaded by ``from_pretrained``.
+"""Save and load: an upscaled transformers model by plain ``save_pretrained`` and ``from_pretrained``.
 
 transformers lets quantizers swap modules before the weights are loaded; SMILE registers itself there. So the folder is
 an ordinary one: ``config.json`` carries a section with the layers, the weights are ordinary safetensors files. Any
@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from enum import Enum
@@ -37,7 +37,6 @@ from .errors import CheckpointError
 from .layers import SmileLayout, SmileLinear
 
 log = logging.getLogger(__name__)
-
 
 
 class Method(str, Enum):
@@ -88,7 +87,7 @@ class SmileLoader(HfQuantizer):
     requires_calibration = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        _check_version(self.quantization_config.format_version, "this checkpoint")
+        _check_version(cast(SmileSection, self.quantization_config).format_version, "this checkpoint")
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         section = cast(SmileSection, self.quantization_config)
@@ -113,7 +112,7 @@ class SmileLoader(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # SMILE is no quantization: the mark would make .half(), .to() and training refuse
-        model.is_quantized = False
+        model.is_quantized = False  # type: ignore[assignment]
         model.__dict__.pop("hf_quantizer", None)
         model.__dict__.pop("quantization_method", None)
         _save_atomically(model)
@@ -290,7 +289,8 @@ def _required_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 
 def _is_tied(model: PreTrainedModel, name: str) -> bool:
     """Whether transformers fills `name` from another tensor: checkpoints leave it out."""
-    return any(re.search(pattern, name) for pattern in model._tied_weights_keys or [])
+    patterns: Iterable[str] = model._tied_weights_keys or []  # a list, or from transformers 5 on a dict
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def _check_version(version: int, where: str) -> None:
@@ -357,7 +357,9 @@ def check_writable(path: Path) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent):
             pass
     except OSError as error:
-        raise CheckpointError(f"nothing can be written to {path.parent}: {error.strerror}; choose another path") from None
+        raise CheckpointError(
+            f"nothing can be written to {path.parent}: {error.strerror}; choose another path"
+        ) from None
 
 
 def _umask() -> int:

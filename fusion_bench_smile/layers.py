@@ -59,7 +59,8 @@ class SmileLayout:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SmileLayout:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
 
 
 class SmileLinear(nn.Linear):
@@ -74,6 +75,12 @@ class SmileLinear(nn.Linear):
     - `dense` (D, out, in): the deltas of the dense experts;
     - `expert_bias` (T, out): the bias deltas.
     """
+
+    down: Tensor | None
+    up: Tensor | None
+    gate: Tensor | None
+    dense: Tensor | None
+    expert_bias: Tensor | None
 
     def __init__(
         self,
@@ -107,10 +114,11 @@ class SmileLinear(nn.Linear):
         out = F.linear(x, self.weight, self.bias)
         hidden = F.linear(x, self.down) if self.down is not None else None  # (…, R)
         weights = self._weights(x, hidden).to(out.dtype)  # (…, T)
-        if self.up is not None:
+        if self.up is not None and hidden is not None:
             out = out + F.linear(_weigh(hidden, layout.down_rows, layout.low_ranks, weights), self.up)
-        for row, expert in enumerate(layout.dense_experts):
-            out = out + weights[..., expert, None] * F.linear(x, self.dense[row])
+        if self.dense is not None:
+            for row, expert in enumerate(layout.dense_experts):
+                out = out + weights[..., expert, None] * F.linear(x, self.dense[row])
         if self.expert_bias is not None:
             out = out + weights @ self.expert_bias.to(out.dtype)
         return out

@@ -91,7 +91,7 @@ def check_expert(plan: Plan, name: str, expert: nn.Module) -> None:
     for key, shape in plan.tensors.items():
         if tensors[key] != shape:
             raise PlanError(
-                f"expert {name!r}: {key} has the shape {tuple(tensors[key])}, the pretrained model's is {tuple(shape)}; "
+                f"expert {name!r}: {key} has the shape {tuple(tensors[key])}, the pretrained model's {tuple(shape)}; "
                 "use experts that were fine-tuned from this pretrained model"
             )
     check_finite(expert, f"expert {name!r}")

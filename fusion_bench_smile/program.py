@@ -18,7 +18,7 @@ class ReportingFusionProgram(FabricModelFusionProgram):
     """
 
     def __init__(self, *args: Any, label: str, **options: Any) -> None:
-        notes = {key: options.pop(key) for key in ("row", "strength", "task") if key in options}
+        notes: dict[str, Any] = {key: options.pop(key) for key in ("row", "strength", "task") if key in options}
         self.notes = {"label": label, **notes}
         self._ready = time.perf_counter()
         super().__init__(*args, **options)

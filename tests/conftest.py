@@ -18,8 +18,8 @@ def clip_tower() -> nn.Module:
 
 def t5() -> nn.Module:
     config = T5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, dropout_rate=0.0,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
     )  # fmt: skip
     return T5ForConditionalGeneration(config).eval()
 

@@ -117,7 +117,9 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_bad_options(workplace, option):
-    fails_with(workplace.run(option, "merged_model_save_path=out" if "merged" not in option else "seed=1"), OPTIONS[option])
+    fails_with(
+        workplace.run(option, "merged_model_save_path=out" if "merged" not in option else "seed=1"), OPTIONS[option]
+    )
     assert not (workplace.root / "out").exists()
 
 
@@ -161,7 +163,10 @@ MODELS = {
     "wider": (lambda w: w.add("bad", other_clip(hidden_size=40)), "expert 'bad': vision_model.embeddings"),
     "deeper": (lambda w: w.add("bad", other_clip(num_hidden_layers=3)), "16 additional tensors (first: vision_model"),
     "shallower": (lambda w: w.add("bad", other_clip(num_hidden_layers=1)), "16 tensors missing (first: vision_model"),
-    "other patches": (lambda w: w.add("bad", other_clip(patch_size=14)), "position_embedding.weight has the shape (5, 32)"),
+    "other patches": (
+        lambda w: w.add("bad", other_clip(patch_size=14)),
+        "position_embedding.weight has the shape (5, 32)",
+    ),
     "NaN": (nan_expert, "expert 'bad' holds NaN in vision_model.encoder.layers.1.mlp.fc1.weight"),
     "infinity": (missing_tensor, "expert 'bad' holds infinity in vision_model.post_layernorm.weight"),
     "corrupt file": (corrupt_expert, "model 'bad' of the pool"),
@@ -183,7 +188,9 @@ def test_a_saved_model_that_is_not_whole_is_refused(workplace):
     broken = workplace.root / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{}")
-    fails_with(workplace.run(f"method.model_path={broken}"), "has no SMILE section: this is a checkpoint of another model")
+    fails_with(
+        workplace.run(f"method.model_path={broken}"), "has no SMILE section: this is a checkpoint of another model"
+    )
     assert os.listdir(broken) == ["config.json"]
 
 
@@ -226,7 +233,9 @@ def test_other_hydra_applications_are_left_alone(tmp_path):
         "    assert 'fusion_bench' not in sys.modules and 'torch' not in sys.modules\n"
         "main()\n"
     )
-    done = subprocess.run([sys.executable, str(script), "--info", "searchpath"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(script), "--info", "searchpath"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "fusion-bench-smile" not in done.stdout
 
@@ -244,7 +253,9 @@ def test_two_processes_report_and_save_like_one(tmp_path):
     for task in ("clothes", "animals", "textures", "planets", "letters", "kana"):
         common += [f"~modelpool.models.{task}", f"~taskpool.test_datasets.{task}"]
     folders = [tmp_path / "one", tmp_path / "two"]
-    for folder, devices in zip(folders, (["fabric.devices=1"], ["fabric.devices=2", "fabric.strategy=ddp"]), strict=True):
+    for folder, devices in zip(
+        folders, (["fabric.devices=1"], ["fabric.devices=2", "fabric.strategy=ddp"]), strict=True
+    ):
         folder.mkdir()
         done = fusion_bench(*common, *devices, "merged_model_save_path=saved", cwd=folder)
         assert done.returncode == 0, done.stderr[-3000:]

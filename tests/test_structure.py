@@ -1,4 +1,4 @@
-"""Dependencies point one way (docs/design of the package): the hot path knows torch alone, nothing knows the adapter."""
+"""Dependencies point one way: the hot path knows torch alone, and nothing knows the adapter."""
 
 from __future__ import annotations
 
@@ -36,11 +36,17 @@ def test_the_hot_path_imports_torch_alone():
     for name, allowed in ALLOWED.items():
         for module in imports(PACKAGE / name):
             standard = module.split(".")[0] in sys.stdlib_module_names
-            assert standard or any(module == a or module.startswith(f"{a}.") for a in allowed), f"{name} imports {module}"
+            assert standard or any(module == a or module.startswith(f"{a}.") for a in allowed), (
+                f"{name} imports {module}"
+            )
 
 
 def test_only_the_adapter_and_the_benchmark_know_the_framework():
-    knowing = {str(f.relative_to(PACKAGE)) for f in PACKAGE.rglob("*.py") if any(i.split(".")[0] == "fusion_bench" for i in imports(f))}
+    knowing = {
+        str(f.relative_to(PACKAGE))
+        for f in PACKAGE.rglob("*.py")
+        if any(i.split(".")[0] == "fusion_bench" for i in imports(f))
+    }
     assert knowing == {"algorithm.py", "program.py", "embedded/__init__.py"}
 
 

@@ -284,7 +284,7 @@ def with_infinity() -> nn.Module:
 BAD_EXPERTS = [
     (deeper, "expert 'bad' has another architecture than the pretrained model: 2 additional tensors (first: 4.weight)"),
     (without_bias, "1 tensors missing (first: 0.bias)"),
-    (wider, "expert 'bad': 0.weight has the shape (48, 20), the pretrained model's is (32, 20)"),
+    (wider, "expert 'bad': 0.weight has the shape (48, 20), the pretrained model's (32, 20)"),
     (with_nan, "expert 'bad' holds NaN in 3.weight"),
     (with_infinity, "expert 'bad' holds infinity in 1.bias"),
 ]
@@ -304,7 +304,7 @@ def test_no_experts():
 
 
 def test_nan_in_the_pretrained_model():
-    with pytest.raises(PlanError, match="the pretrained model holds NaN in 3.weight"):
+    with pytest.raises(PlanError, match=r"the pretrained model holds NaN in 3\.weight"):
         upscale(with_nan(), [mlp()], gate_k=2, k=4)
 
 

@@ -1,7 +1,7 @@
 """The main job of the embedded benchmark: run every method through the framework, then one table and one picture.
 
-    python -m fusion_bench_smile.embedded.comparison            # runs everything, prints and draws it
-    python -m fusion_bench_smile.embedded.comparison --no-run   # only gathers the reports that lie there
+python -m fusion_bench_smile.embedded.comparison            # runs everything, prints and draws it
+python -m fusion_bench_smile.embedded.comparison --no-run   # only gathers the reports that lie there
 """
 
 from __future__ import annotations
@@ -40,7 +40,12 @@ def commands(strength: str) -> list[list[str]]:
     """The framework's own commands that make one comparison: each runs its jobs one after the other."""
     common = ["fusion_bench", "-m", f"modelpool=SmileEmbedded/{strength}", f"strength={strength}"]
     experiments = ",".join(f"smile_embedded/{row}" for row in ROWS)
-    individual = [*common[:2], "+experiment=smile_embedded/individual", f"strength={strength}", f"+task={','.join(TASKS)}"]
+    individual = [
+        *common[:2],
+        "+experiment=smile_embedded/individual",
+        f"strength={strength}",
+        f"+task={','.join(TASKS)}",
+    ]
     return [[*common, f"+experiment={experiments}"], individual]
 
 
@@ -56,7 +61,9 @@ def run(strength: str, folder: Path) -> None:
         log_file = folder / f"{strength}-{number}.log"
         Console(stderr=True).print(f"[dim]$ {' '.join(command)}[/dim]", soft_wrap=True, highlight=False)
         with log_file.open("w") as output:
-            done = subprocess.run([program, *command[1:]], cwd=folder, stdout=output, stderr=subprocess.STDOUT, check=False)
+            done = subprocess.run(
+                [program, *command[1:]], cwd=folder, stdout=output, stderr=subprocess.STDOUT, check=False
+            )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed; the end of {log_file}:\n{log_file.read_text()[-2000:]}")
 
@@ -159,7 +166,8 @@ def write(tables: dict[str, pd.DataFrame], folder: Path) -> list[Path]:
             table.round(4).to_csv(Path(scratch) / f"comparison-{strength}.csv")
         draw(tables, Path(scratch) / "comparison.png")
         for file in sorted(Path(scratch).iterdir()):
-            written.append(Path(os.replace(file, folder / file.name) or folder / file.name))
+            os.replace(file, folder / file.name)
+            written.append(folder / file.name)
     return written
 
 

@@ -38,7 +38,7 @@ LETTERS = re.compile(r"the (capital letter|small letter|digit|hiragana)")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sprites (N, 36, 36, 4) uint8 RGBA, kinds (N,), captions (N), sampling weights (N,), backgrounds (M, 28, 28, 3)."""
+    """Sprites (N, 36, 36, 4) uint8 RGBA, kinds, captions and weights (N,), backgrounds (M, 28, 28, 3) uint8."""
 
     sprites: np.ndarray
     kinds: np.ndarray
@@ -156,7 +156,11 @@ def _characters(root: Path) -> Iterator[Entry]:
             for character in alphabet:
                 ink = draw(font, character)
                 if ink is not None:
-                    small = Image.fromarray(ink).crop((6, 6, CANVAS - 6, CANVAS - 6)).resize((SPRITE, SPRITE), Image.Resampling.BOX)
+                    small = (
+                        Image.fromarray(ink)
+                        .crop((6, 6, CANVAS - 6, CANVAS - 6))
+                        .resize((SPRITE, SPRITE), Image.Resampling.BOX)
+                    )
                     sprite = np.full((SPRITE, SPRITE, 4), 255, dtype=np.uint8)
                     sprite[..., 3] = np.asarray(small)
                     yield sprite, GLYPH, _character_name(character)
@@ -203,7 +207,9 @@ def _backgrounds(root: Path) -> np.ndarray:
         image = mine[rng.integers(len(mine))]
         side = int(rng.integers(60, min(image.size)))
         left, top = rng.integers(image.width - side + 1), rng.integers(image.height - side + 1)
-        crops.append(np.asarray(image.crop((left, top, left + side, top + side)).resize((SIZE, SIZE), Image.Resampling.BOX)))
+        crops.append(
+            np.asarray(image.crop((left, top, left + side, top + side)).resize((SIZE, SIZE), Image.Resampling.BOX))
+        )
     return np.stack(crops)
 
 

@@ -56,7 +56,9 @@ def draw(font: Font, character: str) -> np.ndarray | None:
         return None
     glyph = image.crop(box)
     scale = 64 / max(glyph.size)
-    glyph = glyph.resize((max(1, round(glyph.width * scale)), max(1, round(glyph.height * scale))), Image.Resampling.BICUBIC)
+    glyph = glyph.resize(
+        (max(1, round(glyph.width * scale)), max(1, round(glyph.height * scale))), Image.Resampling.BICUBIC
+    )
     out = Image.new("L", (CANVAS, CANVAS))
     out.paste(glyph, ((CANVAS - glyph.width) // 2, (CANVAS - glyph.height) // 2))
     array = np.asarray(out)

@@ -28,7 +28,33 @@ CUTS = {"train": (0.0, 0.6), "validation": (0.62, 0.72), "test": (0.74, 1.0)}
 # fonts below this bucket are kept for pretraining; the rest is split by CUTS
 PRETRAINING_FONTS = 0.3
 HIRAGANA = "あいうえおかきくけこさしすせそたちつてと"
-FLAG_CODES = "ar au br ca cl cn cu fi fr de gr in il it jm jp mx no za kr es se tr gb us".split()
+FLAG_CODES = [
+    "ar",
+    "au",
+    "br",
+    "ca",
+    "cl",
+    "cn",
+    "cu",
+    "fi",
+    "fr",
+    "de",
+    "gr",
+    "in",
+    "il",
+    "it",
+    "jm",
+    "jp",
+    "mx",
+    "no",
+    "za",
+    "kr",
+    "es",
+    "se",
+    "tr",
+    "gb",
+    "us",
+]
 TEXTURE_PATTERN = re.compile(
     r"tex_(?:buildings|nature|material|mattn)/(?:s_|wall_|c_)?(brick|carpet|concrete|dirt|grass|metal|rock|roof|wallpaper|wood)"
     r"l?s?(?:_se|_slabs|ceiling)?_?\d*[a-z]?\.(?:png|jpg)$"
@@ -79,9 +105,8 @@ def _digits(root: Path) -> Images:
 def _clothes(root: Path) -> Images:
     def read(stem: str, header: int) -> np.ndarray:
         file = next((root / "dataset-fashion-mnist").rglob(f"{stem}*"))
-        opened = gzip.open(file) if file.suffix == ".gz" else file.open("rb")
-        with opened as stream:
-            return np.frombuffer(stream.read(), dtype=np.uint8)[header:]
+        raw = file.read_bytes()
+        return np.frombuffer(gzip.decompress(raw) if file.suffix == ".gz" else raw, dtype=np.uint8)[header:]
 
     assert len(clothes.classnames) == 10
     images = read("train-images-idx3-ubyte", 16).reshape(-1, SIZE, SIZE)
@@ -127,7 +152,9 @@ def _crops(sources: dict[int, list[Image.Image]], window: tuple[int, int], seed:
             side = int(rng.integers(min(window[0], largest), largest + 1))
             left = int(rng.integers(start, end - side + 1))
             top = int(rng.integers(0, image.height - side + 1))
-            crop = image.crop((left, top, left + side, top + side)).resize((SIZE, SIZE), Image.Resampling.BOX if side > SIZE else Image.Resampling.BICUBIC)
+            crop = image.crop((left, top, left + side, top + side)).resize(
+                (SIZE, SIZE), Image.Resampling.BOX if side > SIZE else Image.Resampling.BICUBIC
+            )
             if turn:
                 crop = crop.rotate(90 * int(rng.integers(4)))
             images.append(np.asarray(crop))
@@ -160,7 +187,9 @@ def read_planets(root: Path) -> dict[str, Image.Image]:
     folder = next((root / "stellarium-data").rglob("textures"))
     files = {"earth": "earth_cmap"}
     return {
-        name: Image.open(folder / f"{files.get(name, name)}.png").convert("RGB").resize((512, 256), Image.Resampling.BOX)
+        name: Image.open(folder / f"{files.get(name, name)}.png")
+        .convert("RGB")
+        .resize((512, 256), Image.Resampling.BOX)
         for name in planets.classnames
     }
 
@@ -218,7 +247,9 @@ def read_photographs(root: Path) -> list[Image.Image]:
     """The wallpapers of KDE and Lomiri, one picture each, 320 pixels high."""
     files = sorted((root / "plasma-workspace-wallpapers").rglob("screenshot.*"))
     for package in ("lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04"):
-        files += sorted(p for p in (root / package).rglob("*") if p.suffix.lower() in {".jpg", ".png"} and not p.is_symlink())
+        files += sorted(
+            p for p in (root / package).rglob("*") if p.suffix.lower() in {".jpg", ".png"} and not p.is_symlink()
+        )
     photographs = []
     for file in files:
         image = Image.open(file).convert("RGB")

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast
 
+from ..evaluate import MEAN, STD, normalize
 from .corpus import PROMPTS, Corpus, augment, caption_variants
 from .images import SIZE
 
 log = logging.getLogger(__name__)
 
 MAX_TOKENS = 24
-MEAN, STD = 0.5, 0.25
 
 
 def build_processor(corpus: Corpus, folder: Path) -> CLIPProcessor:
@@ -57,7 +57,10 @@ def build_processor(corpus: Corpus, folder: Path) -> CLIPProcessor:
         str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS, pad_token="<|endoftext|>"
     )
     images = CLIPImageProcessor(
-        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[MEAN] * 3, image_std=[STD] * 3
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=[MEAN] * 3,
+        image_std=[STD] * 3,
     )
     processor = CLIPProcessor(image_processor=images, tokenizer=tokenizer)
     processor.save_pretrained(folder)
@@ -115,10 +118,6 @@ def text_embeds(model: CLIPModel, texts: Mapping[str, Tensor]) -> Tensor:
     return F.normalize(model.text_projection(model.text_model(**texts).pooler_output), dim=-1)
 
 
-def normalize(images: Tensor) -> Tensor:
-    return (images - MEAN) / STD
-
-
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     matrices = [p for p in module.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in module.parameters() if p.requires_grad and p.ndim < 2]
@@ -137,7 +136,9 @@ class Stage:
     warmup: int
 
     def factor(self, step: int) -> float:
-        return min((step + 1) / self.warmup, 0.5 * (1 + math.cos(math.pi * min(step, self.horizon) / self.horizon)) + 0.01)
+        return min(
+            (step + 1) / self.warmup, 0.5 * (1 + math.cos(math.pi * min(step, self.horizon) / self.horizon)) + 0.01
+        )
 
 
 # FLIP (arXiv 2212.00794): the contrastive stage sees half of the patches, which halves its cost. The second stage
@@ -155,7 +156,9 @@ class Sampler:
         self.names = sorted(set(corpus.captions))
         number = {caption: i for i, caption in enumerate(self.names)}
         self.number = torch.tensor([number[caption] for caption in corpus.captions])
-        self.prompts = [[p.format(c) for p in PROMPTS[int(k)]] for c, k in zip(corpus.captions, corpus.kinds, strict=True)]
+        self.prompts = [
+            [p.format(c) for p in PROMPTS[int(k)]] for c, k in zip(corpus.captions, corpus.kinds, strict=True)
+        ]
 
     def draw(self, step: int) -> tuple[Tensor, Mapping[str, Tensor], Tensor, np.random.Generator]:
         rng = np.random.default_rng([self.seed, step])
@@ -174,7 +177,9 @@ def pretrain(corpus: Corpus, folder: Path, seed: int = 0) -> CLIPModel:
     processor = build_processor(corpus, folder)
     model = build_model(processor)
     _train_contrastive(model, Sampler(corpus, processor, corpus.weights, CONTRASTIVE.batch, seed), folder.parent)
-    _train_refining(model, Sampler(corpus, processor, corpus.refined_weights(), REFINING.batch, seed + 7), folder.parent)
+    _train_refining(
+        model, Sampler(corpus, processor, corpus.refined_weights(), REFINING.batch, seed + 7), folder.parent
+    )
     model.eval().save_pretrained(folder)
     return model
 
@@ -185,7 +190,9 @@ def _train_contrastive(model: CLIPModel, sampler: Sampler, folder: Path) -> None
     def loss(step: int) -> Tensor:
         pixels, texts, captions, rng = sampler.draw(step)
         keep = torch.from_numpy(rng.random((len(pixels), patches))).argsort(1)[:, : patches // 2]
-        logits = model.logit_scale.exp().clamp(max=100) * image_embeds(model, pixels, keep) @ text_embeds(model, texts).T
+        logits = (
+            model.logit_scale.exp().clamp(max=100) * image_embeds(model, pixels, keep) @ text_embeds(model, texts).T
+        )
         same = (captions[:, None] == captions[None]).float()  # pairs with the same caption are all positives
         target = same / same.sum(1, keepdim=True)
         return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
@@ -209,7 +216,9 @@ def _train_refining(model: CLIPModel, sampler: Sampler, folder: Path) -> None:
     _train(REFINING, nn.ModuleDict({"model": model, "table": table}), loss, folder, weight_decay=0.05)
 
 
-def _train(stage: Stage, module: nn.Module, loss_of: Callable[[int], Tensor], folder: Path, weight_decay: float) -> None:
+def _train(
+    stage: Stage, module: nn.Module, loss_of: Callable[[int], Tensor], folder: Path, weight_decay: float
+) -> None:
     optimizer = torch.optim.AdamW(decay_groups(module, weight_decay), lr=stage.lr, betas=(0.9, 0.98), eps=1e-6)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, stage.factor)
     parts = {"module": module, "optimizer": optimizer, "schedule": schedule}

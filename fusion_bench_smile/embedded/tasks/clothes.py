@@ -2,7 +2,18 @@
 
 from collections.abc import Callable
 
-classnames: list[str] = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+classnames: list[str] = [
+    "t-shirt",
+    "trousers",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+]
 
 templates: list[Callable[[str], str]] = [
     lambda c: f"a photo of a {c}.",
