@@ -77,7 +77,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         for path in filter(None, [self.model_path, getattr(self._program, "merged_model_save_path", None)]):
             if "{" not in path:  # the framework fills in its log folder later
                 check_writable(Path(path))
-        if self.model_path is not None and is_checkpoint(self.model_path):
+        if self.model_path is not None and self._agreed(is_checkpoint(self.model_path)):
             log.info("loading the upscaled model from %s", self.model_path)
             with self.profile("load upscaled model"):
                 return load(self.model_path, _load_unless_transformers(pool, self.model_path))
@@ -90,6 +90,10 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         if _rank() == 0:
             log.info("%s", self.profiler.summary())
         return model
+
+    def _agreed(self, answer: bool) -> bool:
+        """Rank 0's answer: another rank may look when rank 0 has gone on already."""
+        return self.fabric.broadcast(answer) if self._fabric_instance is not None else answer
 
     def _upscale(self, pool: BaseModelPool) -> nn.Module:
         if PRETRAINED not in pool.all_model_names:

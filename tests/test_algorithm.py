@@ -1,0 +1,76 @@
+"""The framework's method in Python: what it accepts, what it reports, what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import clip_tower, experts_of, mlp, mlp_inputs, output
+from fusion_bench.modelpool import BaseModelPool
+from lightning import Fabric
+
+from fusion_bench_smile import ConfigError, PlanError, SmileUpscalingAlgorithm, load, upscale
+
+
+@pytest.mark.parametrize("kind", ["list", "mapping", "pool"])
+def test_accepts_what_the_frameworks_algorithms_do(kind):
+    base = mlp()
+    experts = experts_of(base)
+    named = {"_pretrained_": base, **{str(i): expert for i, expert in enumerate(experts)}}
+    models = {"list": [base, *experts], "mapping": named, "pool": BaseModelPool(dict(named))}[kind]
+    result = SmileUpscalingAlgorithm(gate_k=2, k=4, top_k=2).run(models)
+    expected = upscale(base, experts, gate_k=2, k=4, top_k=2)
+    assert torch.equal(output(result, (x := mlp_inputs())), output(expected, x))
+
+
+def test_runs_inside_fabric_and_profiles_its_phases():
+    base = mlp()
+    algorithm = SmileUpscalingAlgorithm(gate_k=2, k=4)
+    algorithm._fabric_instance = Fabric(accelerator="cpu", devices=1)
+    algorithm.run([base, *experts_of(base)])
+    assert {"load pretrained model", "upscale"} <= set(algorithm.profiler.recorded_durations)
+
+
+def test_logs_and_never_prints(capsys, caplog):
+    base = mlp()
+    with caplog.at_level("INFO"):
+        SmileUpscalingAlgorithm(gate_k=2, k=4).run([base, *experts_of(base)])
+    assert capsys.readouterr().out == ""
+    assert any("parameter ratio" in record.getMessage() for record in caplog.records)
+
+
+def test_model_path_saves_and_then_loads(tmp_path, caplog):
+    base = clip_tower()
+    models = [base, *experts_of(base)]
+    first = SmileUpscalingAlgorithm(gate_k=2, k=4, model_path=str(tmp_path / "model")).run(models)
+    with caplog.at_level("INFO"):
+        second = SmileUpscalingAlgorithm(gate_k=2, k=4, model_path=str(tmp_path / "model")).run([base])
+    assert any("loading the upscaled model" in record.getMessage() for record in caplog.records)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), load(tmp_path / "model").parameters(), strict=True)
+    )
+
+
+def test_model_path_of_a_module_that_is_not_of_transformers(tmp_path):
+    base = mlp()
+    models = [base, *experts_of(base)]
+    path = str(tmp_path / "model")
+    first = SmileUpscalingAlgorithm(gate_k=2, k=4, model_path=path).run(models)
+    second = SmileUpscalingAlgorithm(gate_k=2, k=4, model_path=path).run(models)
+    assert torch.equal(output(first, (x := mlp_inputs())), output(second, x))
+
+
+def test_the_configuration_is_complete():
+    algorithm = SmileUpscalingAlgorithm(gate_k=2, k=4, exclude_modules=["a"], model_path="x")
+    config = algorithm.config
+    assert (config.gate_k, config.k, config.exclude_modules, config.model_path) == (2, 4, ["a"], "x")
+
+
+def test_refusals():
+    base = mlp()
+    with pytest.raises(ConfigError, match=r"did you mean 'gate_k'"):
+        SmileUpscalingAlgorithm(gatek=3)
+    with pytest.raises(PlanError, match="no '_pretrained_' model; it has: a"):
+        SmileUpscalingAlgorithm().run({"a": base})
+    with pytest.raises(PlanError, match="no experts"):
+        SmileUpscalingAlgorithm().run([base])
