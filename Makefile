@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m fusion_bench_smile.embedded.comparison --folder demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered tests
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

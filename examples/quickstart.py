@@ -1,6 +1,6 @@
 """Upscale two experts of the embedded benchmark, save the model, load it again with plain transformers.
 
-    python examples/quickstart.py FOLDER
+python examples/quickstart.py FOLDER
 """
 
 import sys

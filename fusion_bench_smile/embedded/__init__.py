@@ -13,6 +13,8 @@ from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL.Image import Image
+    from torch import Tensor
     from transformers import CLIPVisionModel
 
 DATA = Path(__file__).parent / "data"
@@ -39,6 +41,20 @@ def load_images(task: str, split: Split = "test") -> Dataset:
     if task not in TASKS or not file.exists():
         raise ValueError(f"no images for task {task!r}, split {split!r}; the tasks are {', '.join(TASKS)}")
     return Dataset(pq.read_table(file))
+
+
+class Pixels:
+    """Turns an image of the benchmark into what its CLIP processor makes of it, many times faster: (3, 28, 28) float32.
+
+    The images have the model's size already, so that only their values change.
+    """
+
+    def __call__(self, image: Image) -> Tensor:
+        import numpy as np
+
+        from .evaluate import to_pixels
+
+        return to_pixels(np.asarray(image.convert("RGB"))[None])[0]
 
 
 def load_pretrained() -> CLIPVisionModel:

@@ -27,15 +27,15 @@ class Recipe:
     optimizer: str
     lr: float
     steps: int
-    batch: int = 64
+    batch: int = 48
     weight_decay: float = 0.0
 
 
 # AdamW moves every weight by about its learning rate a step, whatever the gradient: its task vectors are large and of
 # high rank. SGD's stay in the span of the task's own inputs: small, low-rank, and easy to tell apart by a router.
 RECIPES = {
-    "gentle": Recipe("sgd", lr=0.02, steps=500),
-    "strong": Recipe("adamw", lr=3e-4, steps=500, weight_decay=0.01),
+    "gentle": Recipe("sgd", lr=0.05, steps=250),
+    "strong": Recipe("adamw", lr=5e-4, steps=250, weight_decay=0.01),
 }
 
 

@@ -145,6 +145,7 @@ class Stage:
 # replaces the other pairs of the batch by the embeddings of all captions: small batches then teach much faster.
 CONTRASTIVE = Stage("contrastive", steps=2000, horizon=7000, batch=128, lr=8e-4, warmup=300)
 REFINING = Stage("refining", steps=5600, horizon=5600, batch=64, lr=6e-4, warmup=200)
+ALIGNING = Stage("aligning", steps=1200, horizon=1200, batch=128, lr=1e-3, warmup=100)  # the text tower alone
 
 
 class Sampler:
@@ -167,19 +168,26 @@ class Sampler:
         chosen = [self.prompts[i][p] for i, p in zip(index, prompt, strict=True)]
         return normalize(images), self.tokenize(chosen), self.number[index], rng
 
+    def draw_texts(self, step: int) -> tuple[Mapping[str, Tensor], Tensor]:
+        """Prompts, half of them with a full stop, and caption numbers: captions by weight, prompts evenly."""
+        rng = np.random.default_rng([self.seed, 1, step])
+        index = rng.choice(len(self.probability), self.batch, p=self.probability)
+        chosen = [self.prompts[i][int(rng.integers(len(self.prompts[i])))] + "." * int(rng.integers(2)) for i in index]
+        return self.tokenize(chosen), self.number[index]
+
     def tokenize(self, texts: list[str]) -> Mapping[str, Tensor]:
         return self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
 
 
 def pretrain(corpus: Corpus, folder: Path, seed: int = 0) -> CLIPModel:
-    """Train both stages and save the model into `folder`; a killed run goes on from its last state."""
+    """Train all stages and save the model into `folder`; a killed run goes on from its last state."""
     torch.manual_seed(seed)
     processor = build_processor(corpus, folder)
     model = build_model(processor)
     _train_contrastive(model, Sampler(corpus, processor, corpus.weights, CONTRASTIVE.batch, seed), folder.parent)
-    _train_refining(
-        model, Sampler(corpus, processor, corpus.refined_weights(), REFINING.batch, seed + 7), folder.parent
-    )
+    refined = corpus.refined_weights()
+    table = _train_refining(model, Sampler(corpus, processor, refined, REFINING.batch, seed + 7), folder.parent)
+    _train_aligning(model, table, Sampler(corpus, processor, refined**0.5, ALIGNING.batch, seed), folder.parent)
     model.eval().save_pretrained(folder)
     return model
 
@@ -200,7 +208,7 @@ def _train_contrastive(model: CLIPModel, sampler: Sampler, folder: Path) -> None
     _train(CONTRASTIVE, model, loss, folder, weight_decay=0.1)
 
 
-def _train_refining(model: CLIPModel, sampler: Sampler, folder: Path) -> None:
+def _train_refining(model: CLIPModel, sampler: Sampler, folder: Path) -> Tensor:
     table = nn.Embedding(len(sampler.names), model.config.projection_dim)
     with torch.no_grad():
         parts = [sampler.names[i : i + 500] for i in range(0, len(sampler.names), 500)]
@@ -214,6 +222,21 @@ def _train_refining(model: CLIPModel, sampler: Sampler, folder: Path) -> None:
         return images + 0.5 * F.cross_entropy(text_embeds(model, texts) @ scaled, captions)
 
     _train(REFINING, nn.ModuleDict({"model": model, "table": table}), loss, folder, weight_decay=0.05)
+    return F.normalize(table.weight.detach(), dim=-1)
+
+
+def _train_aligning(model: CLIPModel, table: Tensor, sampler: Sampler, folder: Path) -> None:
+    """Bring each prompt's embedding to its caption's: ranking the captions right leaves their geometry open."""
+    texts = nn.ModuleDict({"text": model.text_model, "projection": model.text_projection})
+    scale = model.logit_scale.detach().exp()
+
+    def loss(step: int) -> Tensor:
+        prompts, captions = sampler.draw_texts(step)
+        embeds = text_embeds(model, prompts)
+        distance = (embeds - table[captions]).square().sum(1).mean()
+        return 10 * distance + F.cross_entropy(scale * embeds @ table.T, captions)
+
+    _train(ALIGNING, texts, loss, folder, weight_decay=0.01)
 
 
 def _train(

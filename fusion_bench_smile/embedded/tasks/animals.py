@@ -5,7 +5,7 @@ from collections.abc import Callable
 classnames: list[str] = ["bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra"]
 
 templates: list[Callable[[str], str]] = [
-    lambda c: f"a silhouette of a {c}.",
-    lambda c: f"the shape of a {c}.",
-    lambda c: f"a {c}, an animal.",
+    lambda c: f"a silhouette of {c}.",
+    lambda c: f"a drawing of {c}.",
+    lambda c: f"{c}.",
 ]

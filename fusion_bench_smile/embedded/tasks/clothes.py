@@ -16,7 +16,7 @@ classnames: list[str] = [
 ]
 
 templates: list[Callable[[str], str]] = [
-    lambda c: f"a photo of a {c}.",
-    lambda c: f"a gray photo of a {c}, a piece of clothing.",
-    lambda c: f"clothing: {c}.",
+    lambda c: f"a photo of {c}.",
+    lambda c: f"a picture of {c}.",
+    lambda c: f"{c}, clothes.",
 ]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 classnames: list[str] = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 templates: list[Callable[[str], str]] = [
-    lambda c: f"a handwritten digit {c}.",
-    lambda c: f"the number {c}.",
+    lambda c: f"the digit {c}.",
     lambda c: f"a scan of the digit {c}.",
+    lambda c: f"the digit {c}, handwritten.",
 ]

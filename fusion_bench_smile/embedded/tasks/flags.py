@@ -33,5 +33,5 @@ classnames: list[str] = [
 templates: list[Callable[[str], str]] = [
     lambda c: f"the flag of {c}.",
     lambda c: f"a photo of the flag of {c}.",
-    lambda c: f"flag: {c}.",
+    lambda c: f"a picture of the flag of {c}.",
 ]

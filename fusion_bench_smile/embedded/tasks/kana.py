@@ -14,19 +14,19 @@ classnames: list[str] = [
     "ke",
     "ko",
     "sa",
-    "shi",
+    "si",
     "su",
     "se",
     "so",
     "ta",
-    "chi",
-    "tsu",
+    "ti",
+    "tu",
     "te",
     "to",
 ]
 
 templates: list[Callable[[str], str]] = [
     lambda c: f"the hiragana letter {c}.",
-    lambda c: f"the kana {c}.",
-    lambda c: f"the japanese letter {c}.",
+    lambda c: f"a scan of the hiragana letter {c}.",
+    lambda c: f"the hiragana letter {c}, handwritten.",
 ]

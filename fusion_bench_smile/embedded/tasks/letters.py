@@ -33,6 +33,6 @@ classnames: list[str] = [
 
 templates: list[Callable[[str], str]] = [
     lambda c: f"the capital letter {c}.",
-    lambda c: f"the letter {c}.",
-    lambda c: f"a printed letter {c}.",
+    lambda c: f"a scan of the capital letter {c}.",
+    lambda c: f"a printed capital letter {c}.",
 ]

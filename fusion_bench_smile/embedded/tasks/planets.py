@@ -6,6 +6,5 @@ classnames: list[str] = ["mercury", "venus", "earth", "moon", "mars", "jupiter",
 
 templates: list[Callable[[str], str]] = [
     lambda c: f"the surface of {c}.",
-    lambda c: f"a map of {c}, a body of the solar system.",
-    lambda c: f"{c} seen from space.",
+    lambda c: f"a photo of the surface of {c}.",
 ]

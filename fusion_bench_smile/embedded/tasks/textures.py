@@ -6,6 +6,5 @@ classnames: list[str] = ["brick", "carpet", "concrete", "dirt", "grass", "metal"
 
 templates: list[Callable[[str], str]] = [
     lambda c: f"a {c} texture.",
-    lambda c: f"a photo of {c}, a material.",
-    lambda c: f"a surface of {c}.",
+    lambda c: f"a photo of a {c} texture.",
 ]
