@@ -165,7 +165,7 @@ MODELS = {
     "shallower": (lambda w: w.add("bad", other_clip(num_hidden_layers=1)), "16 tensors missing (first: vision_model"),
     "other patches": (
         lambda w: w.add("bad", other_clip(patch_size=14)),
-        "position_embedding.weight has the shape (5, 32)",
+        "patch_embedding.weight has the shape (32, 3, 14, 14)",
     ),
     "NaN": (nan_expert, "expert 'bad' holds NaN in vision_model.encoder.layers.1.mlp.fc1.weight"),
     "infinity": (missing_tensor, "expert 'bad' holds infinity in vision_model.post_layernorm.weight"),

@@ -38,12 +38,12 @@ NUMBERS = ("average", "retention", "parameters", "seconds")
 
 def commands(strength: str) -> list[list[str]]:
     """The framework's own commands that make one comparison: each runs its jobs one after the other."""
-    common = ["fusion_bench", "-m", f"modelpool=SmileEmbedded/{strength}", f"strength={strength}"]
+    common = ["fusion_bench", "-m", f"modelpool=SmileEmbedded/{strength}", f"++strength={strength}"]
     experiments = ",".join(f"smile_embedded/{row}" for row in ROWS)
     individual = [
         *common[:2],
         "+experiment=smile_embedded/individual",
-        f"strength={strength}",
+        f"++strength={strength}",
         f"+task={','.join(TASKS)}",
     ]
     return [[*common, f"+experiment={experiments}"], individual]
@@ -175,13 +175,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything goes (default: demo)")
     parser.add_argument("--no-run", action="store_true", help="gather the reports of an earlier run")
-    parser.add_argument("--strength", choices=STRENGTHS, action="append", help="only this set of experts")
+    parser.add_argument("--strength", choices=STRENGTHS, action="append", default=None, help="set of experts; may be repeated")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     started = time.perf_counter()
     tables = {}
     try:
-        for strength in arguments.strength or STRENGTHS:
+        for strength in arguments.strength or ["gentle"]:
             if not arguments.no_run:
                 run(strength, arguments.folder)
             tables[strength] = gather(arguments.folder, strength)

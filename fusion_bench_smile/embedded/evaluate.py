@@ -21,7 +21,7 @@ def normalize(images: Tensor) -> Tensor:
 
 def to_pixels(images: np.ndarray) -> Tensor:
     """uint8 images (N, 28, 28[, 3]) to normalised pixels (N, 3, 28, 28)."""
-    tensor = torch.from_numpy(images).float() / 255
+    tensor = torch.tensor(images).float() / 255
     tensor = tensor[:, None].expand(-1, 3, -1, -1) if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2)
     return normalize(tensor).contiguous()
 
