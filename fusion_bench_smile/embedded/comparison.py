@@ -175,7 +175,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything goes (default: demo)")
     parser.add_argument("--no-run", action="store_true", help="gather the reports of an earlier run")
-    parser.add_argument("--strength", choices=STRENGTHS, action="append", default=None, help="set of experts; may be repeated")
+    parser.add_argument(
+        "--strength", choices=STRENGTHS, action="append", default=None, help="set of experts; may be repeated"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     started = time.perf_counter()
