@@ -136,7 +136,7 @@ def draw(tables: dict[str, pd.DataFrame], file: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(tables), figsize=(5.6 * len(tables), 4.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(tables), figsize=(2 + 5 * len(tables), 4.6), squeeze=False, layout="constrained")
     markers = "Ps^vD*oXh"
     colors = ("#000000", "#7f7f7f", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#999933", "#d55e00", "#0072b2")
     for axis, (strength, table) in zip(axes[0], tables.items(), strict=True):
@@ -144,14 +144,14 @@ def draw(tables: dict[str, pd.DataFrame], file: Path) -> None:
             axis.scatter(row["parameters"], row["retention"], s=75, marker=marker, color=color, label=method, zorder=3)
         axis.axhline(100, color="0.8", linewidth=1, zorder=1)
         axis.set_xscale("log", base=2)
-        axis.set_xticks([1, 1.25, 1.5, 2, 4, 8], ["1×", "1.25×", "1.5×", "2×", "4×", "8×"])
+        axis.set_xticks([1, 1.5, 2, 4, 8], ["1×", "1.5×", "2×", "4×", "8×"])
         axis.minorticks_off()
         axis.set_xlabel("parameters, relative to the pretrained model")
-        axis.set_ylabel("retention (% of the individual models' accuracy)")
+        axis.set_ylabel("retention (%)")
         axis.set_title(f"{strength} fine-tuning")
         axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
