@@ -21,7 +21,7 @@ from .images import Images
 
 SHIPPED = {"train": 300, "validation": 300, "test": 600}
 ADAPTER_SETTINGS = ("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save", "bias", "inference_mode")
-# of the adapters: the smallest rank that keeps at least 99 % of the full fine-tunes' accuracy
+# of the adapters
 RANKS = {"gentle": 16, "strong": 16}
 NORMS = ["pre_layrnorm", "post_layernorm", "layer_norm1", "layer_norm2"]
 
