@@ -6,7 +6,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 
 def clip_tower() -> nn.Module:
@@ -22,6 +29,14 @@ def t5() -> nn.Module:
         dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
     )  # fmt: skip
     return T5ForConditionalGeneration(config).eval()
+
+
+def tied_llama() -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
 
 
 def mlp() -> nn.Module:

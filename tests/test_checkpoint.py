@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, experts_of, mlp, mlp_inputs, output
+from conftest import ARCHITECTURES, experts_of, mlp, mlp_inputs, output, tied_llama
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -90,16 +90,10 @@ def test_copies_and_pickles_can_be_saved(tmp_path):
 
 
 def test_tied_weights_survive(tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    base = LlamaForCausalLM(config).eval()
+    base = tied_llama()
     model = upscale(base, experts_of(base, 2), gate_k=2, k=4)
     model.save_pretrained(tmp_path / "llama")
-    again = LlamaForCausalLM.from_pretrained(tmp_path / "llama").eval()
+    again = type(base).from_pretrained(tmp_path / "llama").eval()
     assert again.lm_head.weight is again.model.embed_tokens.weight
     inputs = {"input_ids": torch.randint(0, 40, (2, 7))}
     assert torch.equal(output(again, inputs), output(model, inputs))

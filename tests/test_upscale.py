@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, experts_of, mlp, mlp_inputs, output, perturbed, t5, t5_inputs
+from conftest import ARCHITECTURES, experts_of, mlp, mlp_inputs, output, perturbed, t5, t5_inputs, tied_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -130,13 +130,7 @@ def test_average_experts_averages_the_rest():
 
 
 def test_tied_weights_stay_tied():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    base = LlamaForCausalLM(config).eval()
+    base = tied_llama()
     experts = experts_of(base, 2)
     for average in (False, True):
         upscaled = upscale(base, experts, gate_k=2, k=4, average_experts=average)
