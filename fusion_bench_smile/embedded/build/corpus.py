@@ -28,36 +28,52 @@ log = logging.getLogger(__name__)
 
 SPRITE = 36  # pixels: what a sprite is stored at; it is drawn at 28
 PICTURE, GLYPH, CROP = 0, 1, 2
-# how often each part is drawn while the towers find each other …
-WEIGHTS = {"emoji": 0.22, "stamps": 0.08, "clipart": 0.24, "characters": 0.26, "textures": 0.1, "planets": 0.1}
-
-# … and afterwards: more of what the tasks need, less of what has a caption of its own for every picture
-REFINED_WEIGHTS = {"pictures": 0.26, "letters": 0.42, "other characters": 0.10, "crops": 0.22}
-LETTERS = re.compile(r"the (capital letter|small letter|digit|hiragana)")
+# How often each group is drawn: more of what the tasks are about, less of what has a caption of its own for every
+# picture. A sprite belongs to the first group of its kind whose pattern its caption matches.
+GROUPS = (
+    ("digits", GLYPH, r"the digit", 0.11),
+    ("capitals", GLYPH, r"the capital letter", 0.11),
+    ("hiragana", GLYPH, r"the hiragana", 0.11),
+    ("other characters", GLYPH, r"", 0.07),
+    ("textures", CROP, r"a .* texture", 0.07),
+    ("planets", CROP, r"the surface of", 0.05),
+    ("flags", PICTURE, r"the flag of", 0.12),
+    (
+        "animals",
+        PICTURE,
+        r".*\b(bear|bird|cat|cow|dog|elephant|giraffe|horse|sheep|zebra|lion|tiger|rabbit|pig|goat|deer|camel|duck|ram"
+        r"|wolf|fox|mouse|monkey|owl|chicken|hippo\w*|rhino\w*)\b",
+        0.07,
+    ),
+    (
+        "clothes",
+        PICTURE,
+        r".*\b(shirt|t-shirt|trousers|jeans|pullover|sweater|dress|coat|jacket|sandal|shoe|sneaker|boots?|bag|handbag"
+        r"|backpack|purse|hat|socks?|skirt|scarf|gloves?|shorts|kimono|vest)\b",
+        0.05,
+    ),
+    ("other pictures", PICTURE, r"", 0.24),
+)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sprites (N, 36, 36, 4) uint8 RGBA, kinds, captions and weights (N,), backgrounds (M, 28, 28, 3) uint8."""
+    """Sprites (N, 36, 36, 4) uint8 RGBA, kinds and captions (N,), backgrounds (M, 28, 28, 3) uint8."""
 
     sprites: np.ndarray
     kinds: np.ndarray
     captions: list[str]
-    weights: np.ndarray
     backgrounds: np.ndarray
 
-    def refined_weights(self) -> np.ndarray:
-        letters = np.array([bool(LETTERS.match(caption)) for caption in self.captions])
-        parts = {
-            "letters": (self.kinds == GLYPH) & letters,
-            "other characters": (self.kinds == GLYPH) & ~letters,
-            "crops": self.kinds == CROP,
-            "pictures": self.kinds == PICTURE,
-        }
-        weights = self.weights.copy()
-        for name, part in parts.items():
-            weights[part] *= REFINED_WEIGHTS[name] / weights[part].sum()
-        return weights
+    def probability(self) -> np.ndarray:
+        """How often each sprite is drawn, (N,) float64 with sum one."""
+        probability = np.zeros(len(self.captions))
+        for name, kind, pattern, share in GROUPS:
+            matches = np.array([bool(re.match(pattern, caption)) for caption in self.captions])
+            group = (self.kinds == kind) & matches & (probability == 0)
+            log.info("group %s: %d sprites, share %.2f", name, group.sum(), share)
+            probability[group] = share / group.sum()
+        return probability / probability.sum()
 
 
 Entry = tuple[np.ndarray, int, str]
@@ -72,7 +88,7 @@ def build_corpus(root: Path) -> Corpus:
         "textures": _textures(root),
         "planets": _planets(root),
     }
-    sprites, kinds, captions, weights = [], [], [], []
+    sprites, kinds, captions = [], [], []
     for name, part in parts.items():
         entries = list(part)
         log.info("corpus: %d %s", len(entries), name)
@@ -80,8 +96,7 @@ def build_corpus(root: Path) -> Corpus:
             sprites.append(sprite)
             kinds.append(kind)
             captions.append(caption)
-            weights.append(WEIGHTS[name] / len(entries))
-    return Corpus(np.stack(sprites), np.asarray(kinds), captions, np.asarray(weights), _backgrounds(root))
+    return Corpus(np.stack(sprites), np.asarray(kinds), captions, _backgrounds(root))
 
 
 def _sprite(image: Image.Image) -> np.ndarray:
@@ -218,7 +233,6 @@ PROMPTS = {
     GLYPH: ("{}", "a printed {}", "a scan of {}", "{}, handwritten"),
     CROP: ("{}", "a photo of {}"),
 }
-SILHOUETTE_PROMPT = 5  # of PICTURE: used for the sprites that are drawn as silhouettes, and for no other
 
 
 def caption_variants(corpus: Corpus) -> Iterable[str]:
@@ -227,12 +241,8 @@ def caption_variants(corpus: Corpus) -> Iterable[str]:
             yield prompt.format(caption)
 
 
-def augment(corpus: Corpus, index: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
-    """Draw a batch of sprites.
-
-    Returns:
-        Images (N, 3, 28, 28) float32 in [0, 1], and for each the number of the prompt that fits how it was drawn.
-    """
+def augment(corpus: Corpus, index: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """Draw a batch of sprites: images (N, 3, 28, 28) float32 in [0, 1]."""
     n = len(index)
     sprites = torch.from_numpy(corpus.sprites[index]).permute(0, 3, 1, 2).float().div_(255)  # (N, 4, 36, 36)
     kinds = torch.from_numpy(corpus.kinds[index])
@@ -251,10 +261,17 @@ def augment(corpus: Corpus, index: np.ndarray, rng: np.random.Generator) -> tupl
     theta[:, 1, 0], theta[:, 1, 1] = angle.sin() * zoom * stretch * mirror, angle.cos() * zoom * stretch
     theta[:, :, 2] = uniform(-0.12, 0.12, n, 2)
     grid = F.affine_grid(theta, (n, 4, SIZE, SIZE), align_corners=False)
+    # half of the characters are bent smoothly and get another stroke, as a hand would write them
+    bent = (kinds == GLYPH) & (uniform(0, 1, n) < 0.5)
+    bend = F.interpolate(torch.randn(n, 2, 4, 4, generator=generator), size=SIZE, mode="bicubic", align_corners=True)
+    grid = grid + 0.08 * bent[:, None, None, None] * bend.permute(0, 2, 3, 1)
     alpha = sprites[:, 3:]
     drawn = F.grid_sample(torch.cat([sprites[:, :3] * alpha, alpha], 1), grid, align_corners=False, mode="bilinear")
     crops = F.grid_sample(sprites[:, :3], grid, align_corners=False, mode="bilinear", padding_mode="reflection")
     color, ink = drawn[:, :3], drawn[:, 3:]
+    stroke = torch.where(bent, uniform(0, 1, n), torch.full((n,), 0.5))[:, None, None, None]
+    ink = torch.where(stroke < 0.25, -F.max_pool2d(-ink, 2, 1, 1)[..., :SIZE, :SIZE], ink)
+    ink = torch.where(stroke > 0.7, F.max_pool2d(ink, 2, 1, 1)[..., :SIZE, :SIZE], ink)
 
     style = uniform(0, 1, n)
     flat = uniform(0, 1, n, 3, 1, 1)
@@ -278,8 +295,8 @@ def augment(corpus: Corpus, index: np.ndarray, rng: np.random.Generator) -> tupl
     glyph = torch.where(colored, flat + (1 - flat - flat) * ink, glyph).expand(-1, 3, -1, -1)
 
     # silhouettes of pictures: the ink alone, only where the outline says something (not a filled square)
-    hollow = alpha.mean(dim=(1, 2, 3)) < 0.8
-    silhouette = (kinds == PICTURE) & hollow & (uniform(0, 1, n) < 0.12)
+    hollow = alpha.mean(dim=(1, 2, 3)) < 0.6
+    silhouette = (kinds == PICTURE) & hollow & (uniform(0, 1, n) < 0.25)
     image = torch.where((kinds == PICTURE)[:, None, None, None], picture, glyph)
     image = torch.where((kinds == CROP)[:, None, None, None], crops, image)
     image = torch.where(silhouette[:, None, None, None], paper + (pen - paper) * ink, image)
@@ -287,8 +304,4 @@ def augment(corpus: Corpus, index: np.ndarray, rng: np.random.Generator) -> tupl
     image = torch.where(gray, image.mean(1, keepdim=True), image)
     image = (image - 0.5) * uniform(0.7, 1.15, n, 1, 1, 1) + 0.5 + uniform(-0.12, 0.12, n, 1, 1, 1)
     image = image + torch.randn(image.shape, generator=generator) * uniform(0, 0.05, n, 1, 1, 1)
-
-    counts = np.array([len(PROMPTS[int(k)]) - (1 if k == PICTURE else 0) for k in corpus.kinds[index]])
-    prompt = (rng.random(n) * counts).astype(int)
-    prompt[silhouette.numpy()] = SILHOUETTE_PROMPT
-    return image.clamp_(0, 1), prompt
+    return image.clamp_(0, 1)
