@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from copy import deepcopy
+from functools import partial
+from itertools import product
 
 import pandas as pd
 import torch
@@ -26,12 +29,14 @@ RANKS = ((1, 8), (4, 4), (4, 8), (8, 8), (4, 16), (8, 16), (16, 16))
 def candidates(strength: Strength) -> Iterator[tuple[str, nn.Module]]:
     """Name and model of everything there is to choose from."""
     models: dict[str, nn.Module] = dict(experts(strength))
-    for scale in SCALING:
-        pool = BaseModelPool({"_pretrained_": load_pretrained(), **models})
-        yield f"task_arithmetic λ={scale}", TaskArithmeticAlgorithm(scaling_factor=scale).run(pool)
-        pool = BaseModelPool({"_pretrained_": load_pretrained(), **models})
-        ties = TiesMergingAlgorithm(scaling_factor=scale, threshold=20, remove_keys=[], merge_func="sum")
-        yield f"ties λ={scale}", ties.run(pool)
+    methods = {
+        "task_arithmetic": TaskArithmeticAlgorithm,
+        "ties": partial(TiesMergingAlgorithm, threshold=20, remove_keys=[], merge_func="sum"),
+    }
+    for (name, method), scale in product(methods.items(), SCALING):
+        # a pool of its own for each: the framework's methods may modify the models
+        pool = BaseModelPool({"_pretrained_": load_pretrained(), **deepcopy(models)})
+        yield f"{name} λ={scale}", method(scaling_factor=scale).run(pool)
     for gate_k, k in RANKS:
         yield f"smile gate_k={gate_k} k={k}", upscale(load_pretrained(), models, gate_k=gate_k, k=k)
 

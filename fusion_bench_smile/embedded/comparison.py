@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib as mpl
@@ -49,23 +51,37 @@ def commands(strength: str) -> list[list[str]]:
     return [[*common, f"+experiment={experiments}"], individual]
 
 
-def run(strength: str, folder: Path) -> None:
-    """Run the commands in `folder`.
+def run(strength: str, folder: Path, threads: int) -> None:
+    """Run the commands of one set of experts in `folder`, with `threads` CPU threads.
 
     Raises:
         RuntimeError: if one of them fails; it shows the end of its output.
     """
     folder.mkdir(parents=True, exist_ok=True)
     program = str(Path(sys.executable).with_name("fusion_bench"))
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     for number, command in enumerate(commands(strength)):
         log_file = folder / f"{strength}-{number}.log"
         Console(stderr=True).print(f"[dim]$ {' '.join(command)}[/dim]", soft_wrap=True, highlight=False)
         with log_file.open("w") as output:
             done = subprocess.run(
-                [program, *command[1:]], cwd=folder, stdout=output, stderr=subprocess.STDOUT, check=False
+                [program, *command[1:]],
+                cwd=folder,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=False,
             )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed; the end of {log_file}:\n{log_file.read_text()[-2000:]}")
+
+
+def run_all(strengths: Sequence[str], folder: Path) -> None:
+    """Run the sets of experts side by side, each with its share of the CPU: small models gain little by threads."""
+    threads = max(1, (os.cpu_count() or 1) // len(strengths))
+    with ThreadPoolExecutor() as workers:
+        for _ in workers.map(lambda strength: run(strength, folder, threads), strengths):
+            pass
 
 
 def gather(folder: Path, strength: str) -> pd.DataFrame:
@@ -176,20 +192,20 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything goes (default: demo)")
     parser.add_argument("--no-run", action="store_true", help="gather the reports of an earlier run")
     parser.add_argument(
-        "--strength", choices=STRENGTHS, action="append", default=None, help="set of experts; may be repeated"
+        "--strength", choices=STRENGTHS, action="append", help="one set of experts only (default: both)"
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     started = time.perf_counter()
-    tables = {}
+    strengths = arguments.strength or STRENGTHS
     try:
-        for strength in arguments.strength or ["gentle"]:
-            if not arguments.no_run:
-                run(strength, arguments.folder)
-            tables[strength] = gather(arguments.folder, strength)
-            show(tables[strength], f"embedded benchmark, {strength} fine-tuning")
+        if not arguments.no_run:
+            run_all(strengths, arguments.folder)
+        tables = {strength: gather(arguments.folder, strength) for strength in strengths}
     except (RuntimeError, FileNotFoundError) as error:
         raise SystemExit(str(error)) from None
+    for strength, table in tables.items():
+        show(table, f"embedded benchmark, {strength} fine-tuning")
     for file in write(tables, arguments.folder):
         print(file)
     print(f"{time.perf_counter() - started:.0f} seconds")

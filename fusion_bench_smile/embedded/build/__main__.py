@@ -41,7 +41,7 @@ def kept(file: Path, make: Callable[[], T]) -> T:
 
 
 def vision_tower(clip: CLIPModel) -> CLIPVisionModel:
-    tower = CLIPVisionModel(clip.config.vision_config)
+    tower = CLIPVisionModel._from_config(clip.config.vision_config, attn_implementation="eager")  # see build_model
     tower.vision_model.load_state_dict(clip.vision_model.state_dict())
     return tower.eval()
 
@@ -50,9 +50,10 @@ def fine_tuned(
     clip: CLIPModel, tower: CLIPVisionModel, head: torch.Tensor, images: Images, strength: str, folder: Path
 ):
     """The full fine-tune, from `folder` if it lies there."""
-    if not (folder / "config.json").exists():
+    if not folder.exists():
         tuned = finetune(clip, tower, head, images, RECIPES[strength])
-        tuned.save_pretrained(folder)
+        tuned.save_pretrained(folder.with_suffix(".part"))
+        folder.with_suffix(".part").rename(folder)
     return CLIPVisionModel.from_pretrained(folder).eval()
 
 

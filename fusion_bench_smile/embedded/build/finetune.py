@@ -31,11 +31,13 @@ class Recipe:
     weight_decay: float = 0.0
 
 
+# The patch, class and position embeddings stay as they are: SMILE routes linear layers and keeps the rest pretrained.
+STEM = "vision_model.embeddings."
 # AdamW moves every weight by about its learning rate a step, whatever the gradient: its task vectors are large and of
 # high rank. SGD's stay in the span of the task's own inputs: small, low-rank, and easy to tell apart by a router.
 RECIPES = {
-    "gentle": Recipe("sgd", lr=0.05, steps=250),
-    "strong": Recipe("adamw", lr=5e-4, steps=250, weight_decay=0.01),
+    "gentle": Recipe("sgd", lr=0.05, steps=600),
+    "strong": Recipe("adamw", lr=5e-4, steps=600, weight_decay=0.01),
 }
 
 
@@ -48,9 +50,11 @@ def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
 def finetune(
     clip: CLIPModel, vision: CLIPVisionModel, head: Tensor, images: Images, recipe: Recipe, seed: int = 0
 ) -> CLIPVisionModel:
-    """A fine-tuned copy of `vision`; every parameter of it is trained."""
+    """A fine-tuned copy of `vision`; every parameter of it is trained but the stem's."""
     torch.manual_seed(seed)
     tuned = deepcopy(vision).train()
+    for name, parameter in tuned.named_parameters():
+        parameter.requires_grad_(not name.startswith(STEM))
     classifier = Classifier(clip, tuned, head)
     pixels, labels = to_pixels(images["train"][0]), torch.from_numpy(images["train"][1])
     groups = decay_groups(tuned, recipe.weight_decay)
@@ -67,10 +71,12 @@ def finetune(
         index = next(batches)
         shift = torch.randint(-2, 3, (2,)).tolist()
         x = torch.roll(pixels[index], shifts=shift, dims=(2, 3))
-        loss = F.cross_entropy(classifier(x), labels[index])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = classifier(x)
+        loss = F.cross_entropy(logits.float(), labels[index])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    return tuned.eval()
+    return tuned.requires_grad_(True).eval()

