@@ -119,6 +119,7 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 STEPS, BATCH, TEXTS, LR, WARMUP, WEIGHT_DECAY = 14_000, 128, 64, 1e-3, 500, 0.05
+FIRST_PART = 5_500  # steps; see GROUPS
 # Pulls a prompt's embedding to its caption's. Ranking the captions right leaves their geometry open, and prompts that
 # were never seen as captions then fall anywhere.
 ALIGNMENT = 10.0
@@ -129,7 +130,7 @@ class Sampler:
 
     def __init__(self, corpus: Corpus, processor: CLIPProcessor, seed: int) -> None:
         self.corpus, self.tokenizer, self.seed = corpus, processor.tokenizer, seed
-        self.probability = corpus.probability()
+        self.probability = [corpus.probability(part) for part in (0, 1)]
         self.captions = sorted(set(corpus.captions))
         number = {caption: i for i, caption in enumerate(self.captions)}
         self.number = torch.tensor([number[caption] for caption in corpus.captions])
@@ -140,13 +141,17 @@ class Sampler:
     def images(self, step: int) -> tuple[Tensor, Tensor]:
         """Pixels (BATCH, 3, 28, 28) and caption numbers (BATCH,)."""
         rng = np.random.default_rng([self.seed, 0, step])
-        index = rng.choice(len(self.probability), BATCH, p=self.probability)
+        index = self._choose(rng, step, BATCH)
         return normalize(augment(self.corpus, index, rng)), self.number[index]
+
+    def _choose(self, rng: np.random.Generator, step: int, count: int) -> np.ndarray:
+        probability = self.probability[int(step >= FIRST_PART)]
+        return rng.choice(len(probability), count, p=probability)
 
     def texts(self, step: int) -> tuple[Mapping[str, Tensor], Tensor]:
         """Tokenized prompts (TEXTS, L), half of them with a full stop, and caption numbers (TEXTS,)."""
         rng = np.random.default_rng([self.seed, 1, step])
-        index = rng.choice(len(self.probability), TEXTS, p=self.probability)
+        index = self._choose(rng, step, TEXTS)
         chosen = [self.prompts[i][int(rng.integers(len(self.prompts[i])))] + "." * int(rng.integers(2)) for i in index]
         return self.tokenizer(chosen, padding=True, truncation=True, return_tensors="pt"), self.number[index]
 
