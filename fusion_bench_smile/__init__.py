@@ -11,7 +11,9 @@ from .checkpoint import load, save
 from .config import SmileConfig
 from .errors import CheckpointError, ConfigError, PlanError, SmileError
 from .layers import SmileLinear
-from .upscale import upscale
+from .store import FactorStore
+from .to_disk import upscale_to_folder
+from .upscale import plan_upscaling, upscale
 
 if TYPE_CHECKING:
     from .algorithm import SmileUpscalingAlgorithm
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "FactorStore",
     "PlanError",
     "SmileConfig",
     "SmileError",
@@ -27,8 +30,10 @@ __all__ = [
     "SmileUpscalingAlgorithm",
     "__version__",
     "load",
+    "plan_upscaling",
     "save",
     "upscale",
+    "upscale_to_folder",
 ]
 
 

@@ -19,18 +19,26 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 from tqdm.auto import tqdm
 
 from .checkpoint import check_writable, is_checkpoint, load, save
 from .config import SmileConfig, check_keys
 from .errors import PlanError, SmileError
-from .upscale import upscale
+from .factors import truncated_svd
+from .modelpool import expert_of, load_model
+from .plan import estimated_seconds
+from .sources import Openable
+from .store import FactorStore
+from .upscale import plan_upscaling, upscale
 
 log = logging.getLogger(__name__)
 
 PRETRAINED = "_pretrained_"
 OPTIONS = [field.name for field in fields(SmileConfig)]
+OF_THE_RUN = ["model_path", "factor_cache", "dry_run"]
 
 
 class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
@@ -39,21 +47,31 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
     Args:
         model_path: a folder. If it holds a checkpoint, that is loaded instead of upscaling; else the upscaled model is
             saved there.
+        factor_cache: a folder where factors are kept and looked up, so that sweeps and restarts factor nothing twice;
+            None keeps none.
+        dry_run: print what would be done, and stop.
         options: the fields of `SmileConfig`; the names are those of the framework's own SMILE.
 
     Raises:
         ConfigError: for an unknown option, or a value that can't work.
     """
 
-    _config_mapping = BaseAlgorithm._config_mapping | {name: name for name in [*OPTIONS, "model_path"]}
+    _config_mapping = BaseAlgorithm._config_mapping | {name: name for name in [*OPTIONS, *OF_THE_RUN]}
 
-    def __init__(self, *, model_path: str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        model_path: str | None = None,
+        factor_cache: str | None = None,
+        dry_run: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__()
         with _one_clear_line():
-            check_keys(options, [*OPTIONS, "model_path"])
+            check_keys(options, [*OPTIONS, *OF_THE_RUN])
             plain = {key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in options.items()}
             self.options = SmileConfig.from_dict(plain)
-        self.model_path = model_path
+        self.model_path, self.factor_cache, self.dry_run = model_path, factor_cache, dry_run
         for name in OPTIONS:  # what the framework reads for `self.config`
             setattr(self, name, getattr(self.options, name))
 
@@ -99,17 +117,43 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         if PRETRAINED not in pool.all_model_names:
             raise PlanError(f"the model pool has no {PRETRAINED!r} model; it has: {', '.join(pool.all_model_names)}")
         with self.profile("load pretrained model"):
-            pretrained = _load(pool, PRETRAINED)
-        names = pool.model_names
+            pretrained = load_model(pool, PRETRAINED)
+        experts = {name: expert_of(pool, name, pretrained) for name in pool.model_names}
+        if self.dry_run:
+            if _rank() == 0:
+                self._show_plan(pretrained, experts)
+            raise SystemExit(0)
+        store = FactorStore(self.factor_cache) if self.factor_cache else None
         with (
             self.profile("upscale"),
-            tqdm(names, desc="upscaling", unit="expert", disable=_rank() != 0, leave=False) as progress,
+            tqdm(desc="factoring", unit="delta", disable=_rank() != 0, leave=False) as progress,
         ):
-            experts = {name: partial(_load, pool, name) for name in names}
-            model = upscale(pretrained, experts, self.options, on_expert=lambda _: progress.update())
+            model = upscale(
+                pretrained,
+                experts,
+                self.options,
+                store=store,
+                share_work=self._fabric_instance is not None,
+                on_item=partial(_advance, progress),
+            )
         before, after = (sum(p.numel() for p in m.parameters()) for m in (pretrained, model))
-        log.info("%d experts, %d parameters, parameter ratio %.3f", len(names), after, after / before)
+        log.info("%d experts, %d parameters, parameter ratio %.3f", len(experts), after, after / before)
         return model
+
+    def _show_plan(self, pretrained: nn.Module, experts: Mapping[str, Openable]) -> None:
+        plan = plan_upscaling(pretrained, experts, self.options)
+        table = Table(title="what smile_upscaling would do (dry_run=true)", show_header=False)
+        for name, value in plan.summary().items():
+            table.add_row(name, value)
+        device = self.options.compute_device
+        seconds = estimated_seconds(plan, lambda noise, rank: truncated_svd(noise.to(device), rank))
+        table.add_row("time to factor, from files or memory", f"{seconds:.1f} s")
+        Console().print(table)
+
+
+def _advance(progress: tqdm, done: int, total: int) -> None:
+    progress.total = total
+    progress.update(done - progress.n)
 
 
 @contextmanager
@@ -140,22 +184,6 @@ def _as_pool(models: BaseModelPool | Mapping[str, nn.Module] | Sequence[nn.Modul
     return BaseModelPool({PRETRAINED if i == 0 else str(i - 1): model for i, model in enumerate(models)})
 
 
-def _load(pool: BaseModelPool, name: str) -> nn.Module:
-    entry = pool._models[name]
-    where = entry if isinstance(entry, str) else ""
-    if isinstance(entry, (DictConfig, Mapping)):
-        where = str(entry.get("pretrained_model_name_or_path", ""))
-    if where.startswith(("/", "./", "../", "~")) and not Path(where).expanduser().exists():
-        raise PlanError(f"model {name!r} of the pool: the folder {where} does not exist; correct its path")
-    try:
-        return pool.load_model(name)
-    except SmileError:
-        raise
-    except Exception as error:
-        shown = where or entry
-        raise PlanError(f"model {name!r} of the pool ({shown}) can't be loaded: {error}") from error
-
-
 def _load_unless_transformers(pool: BaseModelPool, path: str) -> nn.Module | None:
     """The pretrained model, where the checkpoint at `path` needs it to be loaded into."""
-    return None if (Path(path) / "config.json").exists() else _load(pool, PRETRAINED)
+    return None if (Path(path) / "config.json").exists() else load_model(pool, PRETRAINED)

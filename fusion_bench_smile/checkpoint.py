@@ -105,7 +105,7 @@ class SmileLoader(HfQuantizer):
             check_tensors(folder, _required_shapes(model))
 
     def update_missing_keys(self, model: PreTrainedModel, missing_keys: list[str], prefix: str) -> list[str]:
-        missing = [key for key in missing_keys if not _is_tied(model, key)]
+        missing = [key for key in missing_keys if not is_tied(model, key)]
         if missing:  # transformers would fill them with random numbers and go on
             raise CheckpointError(f"{len(missing)} tensors are missing from the checkpoint (first: {missing[0]})")
         return missing_keys
@@ -142,11 +142,18 @@ def empty_layer(plain: nn.Linear, layout: SmileLayout) -> SmileLinear:
 def describe(model: nn.Module, config: SmileConfig, experts: tuple[str, ...]) -> None:
     """Write down in an upscaled model what it is, so that saving it needs nothing else."""
     layers = {n: m.layout.to_dict() for n, m in model.named_modules() if isinstance(m, SmileLinear)}
-    options = json.loads(json.dumps(config.to_dict()))
-    section = SmileSection(layers, list(experts), options)
+    describe_layers(model, layers, config, experts)
+    if isinstance(model, PreTrainedModel):
+        _save_atomically(model)
+
+
+def describe_layers(
+    model: nn.Module, layers: dict[str, dict[str, Any]], config: SmileConfig, experts: tuple[str, ...]
+) -> None:
+    """Write the SMILE section with these layouts into a model's config, or into the model itself."""
+    section = SmileSection(layers, list(experts), json.loads(json.dumps(config.to_dict())))
     if isinstance(model, PreTrainedModel):
         model.config.quantization_config = section
-        _save_atomically(model)
     else:
         model.smile_section = section  # type: ignore[assignment]
 
@@ -284,10 +291,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _required_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    return {n: tuple(p.shape) for n, p in model.named_parameters() if not _is_tied(model, n)}
+    return {n: tuple(p.shape) for n, p in model.named_parameters() if not is_tied(model, n)}
 
 
-def _is_tied(model: PreTrainedModel, name: str) -> bool:
+def is_tied(model: PreTrainedModel, name: str) -> bool:
     """Whether transformers fills `name` from another tensor: checkpoints leave it out."""
     patterns: Iterable[str] = model._tied_weights_keys or []  # a list, or from transformers 5 on a dict
     return any(re.search(pattern, name) for pattern in patterns)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -26,6 +28,25 @@ class LayerPlan:
     out_features: int
     k: int
     gate_k: int
+    has_bias: bool
+    itemsize: int
+
+    @property
+    def work(self) -> float:
+        """Floating-point operations to factor one expert's delta: a Gram matrix, its eigenvectors, the refinement."""
+        small, large = sorted((self.in_features, self.out_features))
+        return 2.0 * large * small**2 + 9.0 * small**3 + 8.0 * large * small * self.rank
+
+    @property
+    def rank(self) -> int:
+        """The rank that is factored."""
+        return max(self.k, self.gate_k)
+
+    def added(self, num_experts: int) -> int:
+        """Parameters that `num_experts` experts of full rank add, without biases."""
+        if self.k == -1:
+            return num_experts * (self.in_features * self.out_features + self.gate_k * self.in_features)
+        return num_experts * (self.rank * self.in_features + self.k * self.out_features)
 
 
 @dataclass(frozen=True)
@@ -37,12 +58,38 @@ class Plan:
         num_experts: how many experts are to come.
         tensors: name, shape of every parameter and persistent buffer of the pretrained model.
         rest: the names among them that belong to no upscaled layer.
+        kept: the linear layers that stay as pretrained.
+        parameters: of the pretrained model.
     """
 
     layers: tuple[LayerPlan, ...]
     num_experts: int
     tensors: dict[str, torch.Size]
     rest: tuple[str, ...]
+    kept: tuple[str, ...]
+    parameters: int
+
+    def summary(self) -> dict[str, str]:
+        """What the upscaling will cost, for people; the added parameters and bytes are upper bounds."""
+        added = sum(layer.added(self.num_experts) for layer in self.layers)
+        read = self.num_experts * sum(math.prod(shape) for shape in self.tensors.values()) * self.layers[0].itemsize
+        result = (self.parameters + added) * self.layers[0].itemsize
+        # of one delta at a time: both weights, their difference, its scaled copy, two Gram-sized matrices, the bases
+        largest = max(self.layers, key=lambda layer: layer.in_features * layer.out_features)
+        small, large = sorted((largest.in_features, largest.out_features))
+        working = 4 * (4 * small * large + 4 * small**2 + 4 * (small + large) * largest.rank)
+        return {
+            "linear layers to upscale": str(len(self.layers)),
+            "linear layers kept": str(len(self.kept)),
+            "tensors outside the upscaled layers": str(len(self.rest)),
+            "experts": str(self.num_experts),
+            "ranks (gate_k, k)": f"{_span([x.gate_k for x in self.layers])}, {_span([x.k for x in self.layers])}",
+            "parameters added, at most": f"{added:,}",
+            "parameter ratio, at most": f"{1 + added / self.parameters:.3f}",
+            "bytes to read of the experts": f"{read / 1e6:.1f} MB",
+            "size of the result, at most": f"{result / 1e6:.1f} MB",
+            "memory beyond both models, at most": f"{working / 1e6:.1f} MB",
+        }
 
 
 def make_plan(pretrained: nn.Module, num_experts: int, config: SmileConfig) -> Plan:
@@ -56,7 +103,9 @@ def make_plan(pretrained: nn.Module, num_experts: int, config: SmileConfig) -> P
         raise PlanError("no experts: give at least one fine-tuned model beside the pretrained one")
     if config.top_k > num_experts:
         raise ConfigError(f"top_k={config.top_k} is more than the {num_experts} experts there are")
-    check_finite(pretrained, "the pretrained model")
+    for name, parameter in pretrained.named_parameters():
+        if not parameter.is_meta:  # otherwise it is checked when it is read
+            check_finite(parameter, name, "the pretrained model")
     _check_patterns(pretrained, config)
     chosen = dict(_chosen_layers(pretrained, config))
     if not chosen:
@@ -69,18 +118,37 @@ def make_plan(pretrained: nn.Module, num_experts: int, config: SmileConfig) -> P
     layers = tuple(_plan_layer(name, layer, config) for name, layer in chosen.items())
     _log_caps(layers, config)
     tensors = {name: tensor.shape for name, tensor in pretrained.state_dict().items()}
-    return Plan(layers, num_experts, tensors, _rest(pretrained, chosen))
+    kept = tuple(n for n, m in pretrained.named_modules() if isinstance(m, nn.Linear) and n not in chosen)
+    parameters = sum(parameter.numel() for parameter in pretrained.parameters())
+    return Plan(layers, num_experts, tensors, _rest(pretrained, chosen), kept, parameters)
 
 
-def check_expert(plan: Plan, name: str, expert: nn.Module) -> None:
-    """Refuse an expert that doesn't have exactly the pretrained model's tensors, or has non-finite ones.
+def estimated_seconds(plan: Plan, factor: Callable[[Tensor, int], object]) -> float:
+    """How long factoring will take here: each shape of layer is tried once on noise (the hardest case)."""
+    seconds: dict[tuple[int, int, int], float] = {}
+    for layer in plan.layers:
+        shape = (layer.out_features, layer.in_features, layer.rank)
+        if shape not in seconds and layer.rank > 0:
+            noise = torch.randn(shape[:2])
+            began = time.perf_counter()
+            factor(noise, layer.rank)
+            seconds[shape] = time.perf_counter() - began
+    shapes = [(layer.out_features, layer.in_features, layer.rank) for layer in plan.layers]
+    return plan.num_experts * sum(seconds.get(shape, 0.0) for shape in shapes)
+
+
+def _span(values: Sequence[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"
+
+
+def check_expert(plan: Plan, name: str, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse an expert that doesn't have exactly the pretrained model's tensors.
 
     Raises:
         PlanError: naming the expert, the tensor, and what is wrong with it.
     """
-    tensors = {key: tensor.shape for key, tensor in expert.state_dict().items()}
-    missing = [key for key in plan.tensors if key not in tensors]
-    extra = [key for key in tensors if key not in plan.tensors]
+    missing = [key for key in plan.tensors if key not in shapes]
+    extra = [key for key in shapes if key not in plan.tensors]
     if missing or extra:
         parts = [f"{len(missing)} tensors missing (first: {missing[0]})"] if missing else []
         parts += [f"{len(extra)} additional tensors (first: {extra[0]})"] if extra else []
@@ -89,20 +157,18 @@ def check_expert(plan: Plan, name: str, expert: nn.Module) -> None:
             "use experts that were fine-tuned from this pretrained model"
         )
     for key, shape in plan.tensors.items():
-        if tensors[key] != shape:
+        if tuple(shapes[key]) != tuple(shape):
             raise PlanError(
-                f"expert {name!r}: {key} has the shape {tuple(tensors[key])}, the pretrained model's {tuple(shape)}; "
+                f"expert {name!r}: {key} has the shape {tuple(shapes[key])}, the pretrained model's {tuple(shape)}; "
                 "use experts that were fine-tuned from this pretrained model"
             )
-    check_finite(expert, f"expert {name!r}")
 
 
-def check_finite(model: nn.Module, label: str) -> None:
-    """Raise PlanError, naming the tensor, if a parameter of `model` holds NaN or infinity."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            kind = "NaN" if torch.isnan(parameter).any() else "infinity"
-            raise PlanError(f"{label} holds {kind} in {name}; it was not saved or trained correctly")
+def check_finite(tensor: Tensor, name: str, label: str) -> None:
+    """Raise PlanError, naming model and tensor, for NaN or infinity."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        kind = "NaN" if torch.isnan(tensor).any() else "infinity"
+        raise PlanError(f"{label} holds {kind} in {name}; it was not saved or trained correctly")
 
 
 def _chosen_layers(model: nn.Module, config: SmileConfig) -> Iterator[tuple[str, nn.Linear]]:
@@ -155,7 +221,10 @@ def _nothing_to_upscale(model: nn.Module, config: SmileConfig) -> str:
 
 def _plan_layer(name: str, layer: nn.Linear, config: SmileConfig) -> LayerPlan:
     largest = min(layer.in_features, layer.out_features)
-    return LayerPlan(name, layer.in_features, layer.out_features, min(config.k, largest), min(config.gate_k, largest))
+    return LayerPlan(
+        name, layer.in_features, layer.out_features, min(config.k, largest), min(config.gate_k, largest),
+        layer.bias is not None, layer.weight.element_size(),
+    )  # fmt: skip
 
 
 def _log_caps(layers: tuple[LayerPlan, ...], config: SmileConfig) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -13,35 +14,18 @@ from torch import Tensor, nn
 
 from .checkpoint import describe
 from .config import SmileConfig
-from .errors import ConfigError
-from .factors import truncated_svd
-from .layers import DENSE, SmileLayout, SmileLinear
-from .plan import LayerPlan, check_expert, make_plan
+from .errors import ConfigError, PlanError
+from .layers import SmileLayout, SmileLinear
+from .parts import Base, ExpertPart, Factorer
+from .plan import Plan, check_expert, check_finite, make_plan
+from .sharing import Share
+from .sources import Openable, Source, StateSource, open_source, tied_names
+from .store import FactorStore
 
 log = logging.getLogger(__name__)
 
-Expert = nn.Module | Callable[[], nn.Module]
-Experts = Mapping[str, Expert] | Sequence[Expert]
-
-
-@dataclass(frozen=True)
-class ExpertPart:
-    """What one expert adds to one layer; every tensor in the pretrained layer's dtype and device, None if not needed.
-
-    Shapes: down (rows, in), up (out, rank), gate (gate_rank, in), dense (out, in), bias (out,).
-    """
-
-    rank: int
-    gate_rank: int
-    down: Tensor | None = None
-    up: Tensor | None = None
-    gate: Tensor | None = None
-    dense: Tensor | None = None
-    bias: Tensor | None = None
-
-    @property
-    def changes_nothing(self) -> bool:
-        return self.rank == 0 and self.bias is None
+Experts = Mapping[str, Openable] | Sequence[Openable]
+OnItem = Callable[[int, int], None]
 
 
 @torch.no_grad()
@@ -50,7 +34,9 @@ def upscale(
     experts: Experts,
     config: SmileConfig | None = None,
     *,
-    on_expert: Callable[[str], None] | None = None,
+    store: FactorStore | None = None,
+    share_work: bool = False,
+    on_item: OnItem | None = None,
     **options: Any,
 ) -> nn.Module:
     """Upscale a pretrained model and its experts into one routed model (arXiv 2408.10174, section 4).
@@ -60,10 +46,15 @@ def upscale(
 
     Args:
         pretrained: the common ancestor. It is copied, never modified.
-        experts: name → fine-tuned model; a sequence gets the names "0", "1", …. A value may also be a function that
-            loads the model: it is called once, and the model is dropped before the next one is loaded.
+        experts: name → fine-tuned model; a sequence gets the names "0", "1", …. Each is a module, a state dict, a
+            folder with safetensors files (read tensor by tensor) or a PEFT LoRA adapter (never merged), or a function
+            that loads one of these: it is called once, and what it loaded is dropped before the next one is loaded.
         config: the options; alternatively give them as keywords (``k=16``).
-        on_expert: called with each expert's name after it has been taken in (progress).
+        store: where factors are kept and looked up; None factors everything.
+        share_work: divide the work among the processes of torch.distributed's default group. All of them must call
+            this with the same models, and all get the same model.
+        on_item: called after each (expert, layer) pair that this process has factored, with how many it has done and
+            how many it has to do.
 
     Returns:
         A new model of the same class, on the pretrained model's devices and in its dtypes.
@@ -77,97 +68,169 @@ def upscale(
     config = config or SmileConfig.from_dict(options)
     named = dict(experts) if isinstance(experts, Mapping) else {str(i): e for i, e in enumerate(experts)}
     plan = make_plan(pretrained, len(named), config)
-    layers = {layer.name: cast(nn.Linear, pretrained.get_submodule(layer.name)) for layer in plan.layers}
-    parts: dict[str, list[ExpertPart]] = {layer.name: [] for layer in plan.layers}
-    sums: dict[str, Tensor] = {}
-    for name, expert in named.items():
-        model = expert if isinstance(expert, nn.Module) else expert()
-        check_expert(plan, name, model)
-        for layer in plan.layers:
-            tuned = cast(nn.Linear, model.get_submodule(layer.name))
-            parts[layer.name].append(_expert_part(layers[layer.name], tuned, layer, config, len(named)))
-        if config.average_experts:
-            _accumulate(sums, plan.rest, model)
-        del model
-        if on_expert:
-            on_expert(name)
+    began, share = time.perf_counter(), Share(alone=not share_work)
+    factorer = Factorer(config, with_router=len(named) > 1, store=store)
+    taken, error = Taken(), None
+    try:
+        _take_in(plan, pretrained, named, factorer, share, taken, on_item)
+    except Exception as problem:
+        error = problem
+    share.agree(error)
     upscaled = deepcopy(pretrained)
-    _replace_layers(upscaled, parts, config)
-    _set_averages(upscaled, sums, len(named))
+    energies = _replace_layers(upscaled, plan, taken, share, config)
+    _set_averages(upscaled, share.exchange(taken.sums)[0], len(named))
     describe(upscaled, config, tuple(named))
+    _log_summary(plan, taken, factorer, energies, time.perf_counter() - began)
     return upscaled
 
 
-def _expert_part(
-    base: nn.Linear, tuned: nn.Linear, layer: LayerPlan, config: SmileConfig, num_experts: int
-) -> ExpertPart:
-    weight, device = base.weight, config.compute_device
-    work = torch.promote_types(torch.promote_types(weight.dtype, tuned.weight.dtype), torch.float32)
-    tuned_weight = tuned.weight.to(device, work)
-    delta = tuned_weight - weight.to(device, work)
-    changed = bool(delta.any())
+@dataclass
+class Taken:
+    """What was taken in of all experts.
 
-    def stored(tensor: Tensor) -> Tensor:
-        return tensor.to(weight.device, weight.dtype)
+    Attributes:
+        parts: layer → number of the expert → its part.
+        sums: of the tensors to be averaged.
+        differing: names of tensors in no upscaled layer that some expert changed.
+    """
 
-    bias = None
-    if base.bias is not None and not torch.equal(base.bias, tuned.bias.to(base.bias.device, base.bias.dtype)):
-        bias = stored(tuned.bias.to(device, work) - base.bias.to(device, work))
-    gate_k = layer.gate_k if num_experts > 1 else 0  # a single expert needs no router
-    gate_rank, gate = 0, None
-    if gate_k and not config.routing_use_diff:
-        router = truncated_svd(tuned_weight, gate_k)
-        gate_rank, gate = router.rank, stored(router.down)
-    if not changed:
-        return ExpertPart(rank=0, gate_rank=gate_rank, gate=gate, bias=bias)
-    needed = max(layer.k, gate_k if config.routing_use_diff else 0)
-    factors = truncated_svd(delta, needed) if needed > 0 else None
-    if factors and config.routing_use_diff:
-        gate_rank = min(gate_k, factors.rank)
-    if layer.k == DENSE:
-        down = stored(factors.down[:gate_rank]) if factors else None
-        return ExpertPart(DENSE, gate_rank, down=down, gate=gate, dense=stored(delta), bias=bias)
-    assert factors is not None  # k is at least 1 here
-    rank = min(layer.k, factors.rank)
-    return ExpertPart(rank, gate_rank, stored(factors.down), stored(factors.up[:, :rank]), gate, bias=bias)
+    parts: dict[str, dict[int, ExpertPart]] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    differing: set[str] = field(default_factory=set)
 
 
-def _replace_layers(model: nn.Module, parts: dict[str, list[ExpertPart]], config: SmileConfig) -> None:
+def _take_in(
+    plan: Plan,
+    pretrained: nn.Module,
+    experts: Mapping[str, Openable],
+    factorer: Factorer,
+    share: Share,
+    taken: Taken,
+    on_item: OnItem | None,
+) -> None:
+    base = StateSource(pretrained.state_dict())
+    aliases = tied_names(pretrained)
+    opened = _open_all(plan, experts, base, aliases)
+    bases = {layer.name: Base.of(pretrained, layer.name) for layer in plan.layers}
+    takes = share.takes([layer.work for _ in experts for layer in plan.layers])
+    own, done = iter(takes), 0
+    for number, (name, expert) in enumerate(experts.items()):
+        mine = [layer for layer, is_mine in zip(plan.layers, own, strict=False) if is_mine]
+        averages = factorer.config.average_experts and share.rank == 0  # one process adds up, in a fixed order
+        if not mine and not averages:
+            continue
+        source = opened[name]
+        if source is None:
+            source = open_source(cast(Callable[[], Any], expert)(), base, aliases)
+            assert source is not None, f"the function for expert {name!r} returned no model"
+            check_expert(plan, name, source.shapes())
+        for layer in mine:
+            part = factorer.part(layer, bases[layer.name], source, f"expert {name!r}")
+            taken.parts.setdefault(layer.name, {})[number] = part
+            done += 1
+            if on_item:
+                on_item(done, sum(takes))
+        _take_rest(plan, base, source, f"expert {name!r}", taken, averages)
+
+
+def _open_all(
+    plan: Plan, experts: Mapping[str, Openable], base: Source, aliases: Mapping[str, tuple[str, ...]]
+) -> dict[str, Source | None]:
+    """Open every expert that can be without loading it; what can be refused is, before the first factor is computed."""
+    opened = {}
+    for name, expert in experts.items():
+        try:
+            opened[name] = open_source(expert, base, aliases)
+        except PlanError as error:
+            raise PlanError(f"expert {name!r}: {error}") from None
+    for name, source in opened.items():
+        if source is not None:
+            check_expert(plan, name, source.shapes())
+    return opened
+
+
+def plan_upscaling(pretrained: nn.Module, experts: Experts, config: SmileConfig | None = None, **options: Any) -> Plan:
+    """What `upscale` with the same arguments would do; refuses what that would refuse without reading any weight.
+
+    Raises:
+        ConfigError, PlanError: see `upscale`.
+    """
+    config = config or SmileConfig.from_dict(options)
+    named = dict(experts) if isinstance(experts, Mapping) else {str(i): e for i, e in enumerate(experts)}
+    plan = make_plan(pretrained, len(named), config)
+    _open_all(plan, named, StateSource(pretrained.state_dict()), tied_names(pretrained))
+    return plan
+
+
+def _take_rest(plan: Plan, base: Source, source: Source, label: str, taken: Taken, averages: bool) -> None:
+    """Look at an expert's tensors in no upscaled layer: are they finite, were they changed, what is their sum."""
+    for name in plan.rest:
+        if source.is_base(name) and not averages:
+            continue
+        tensor = source.read(name)
+        check_finite(tensor, name, label)
+        if not averages and not torch.equal(tensor, base.read(name).to(tensor.device, tensor.dtype)):
+            taken.differing.add(name)
+        if averages and tensor.is_floating_point():
+            value = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+            taken.sums[name] = value.clone() if name not in taken.sums else taken.sums[name].add_(value)
+
+
+def _replace_layers(
+    model: nn.Module, plan: Plan, taken: Taken, share: Share, config: SmileConfig
+) -> dict[str, list[float]]:
+    """Put the routed layers into `model`; returns the energy that each expert of each changed layer keeps."""
     replaced: dict[nn.Module, SmileLinear] = {}
-    for name, layer_parts in parts.items():
-        if not all(part.changes_nothing for part in layer_parts):
-            layer = cast(nn.Linear, model.get_submodule(name))
-            replaced[layer] = _build_layer(layer, layer_parts, config)
-    log.info("upscaled %d of %d linear layers", len(replaced), len(parts))
+    energies = {}
+    for planned in plan.layers:
+        layer = cast(nn.Linear, model.get_submodule(planned.name))
+        together: dict[int, ExpertPart] = {}
+        for parts in share.exchange(taken.parts.pop(planned.name, {})):
+            together |= parts
+        ordered = [together[number].to(layer.weight.device) for number in sorted(together)]
+        if not all(part.changes_nothing for part in ordered):
+            replaced[layer] = build_layer(layer, ordered, config)
+            energies[planned.name] = [part.energy for part in ordered]
     for name, module in list(model.named_modules(remove_duplicate=False)):  # a module may be reached by several names
         if module in replaced:
             model.set_submodule(name, replaced[module])
+    return energies
 
 
-def _build_layer(base: nn.Linear, parts: list[ExpertPart], config: SmileConfig) -> SmileLinear:
-    layout = SmileLayout(
+def build_layer(base: nn.Linear, parts: Sequence[ExpertPart], config: SmileConfig) -> SmileLinear:
+    """A routed layer around the pretrained one, from the experts' parts."""
+    layout = layout_of(parts, config)
+    layer = SmileLinear(base.in_features, base.out_features, base.bias is not None, layout, device="meta")
+    layer.weight, layer.bias = base.weight, base.bias
+    for name, value in added_tensors(parts, base.out_features).items():
+        setattr(layer, name, nn.Parameter(value, requires_grad=base.weight.requires_grad))
+    return layer.train(base.training)
+
+
+def layout_of(parts: Sequence[ExpertPart], config: SmileConfig) -> SmileLayout:
+    return SmileLayout(
         ranks=tuple(part.rank for part in parts),
         gate_ranks=tuple(part.gate_rank for part in parts),
         top_k=config.top_k,
         shared_router=config.routing_use_diff,
         expert_bias=any(part.bias is not None for part in parts),
     )
-    layer = SmileLinear(base.in_features, base.out_features, base.bias is not None, layout, device="meta")
-    layer.weight, layer.bias = base.weight, base.bias
+
+
+def added_tensors(parts: Sequence[ExpertPart], out_features: int) -> dict[str, Tensor]:
+    """What a `SmileLinear` holds beside weight and bias, each name only where it is needed."""
     values = {
         "down": _joined([part.down for part in parts], dim=0),
         "up": _joined([part.up for part in parts], dim=1),
         "gate": _joined([part.gate for part in parts], dim=0),
-        "dense": _joined([part.dense[None] for part in parts if part.dense is not None], dim=0),
+        "dense": _joined([None if part.dense is None else part.dense[None] for part in parts], dim=0),
     }
-    if layout.expert_bias:
-        none = base.weight.new_zeros(base.out_features)
-        values["expert_bias"] = torch.stack([none if part.bias is None else part.bias for part in parts])
-    for name, value in values.items():
-        assert (value is None) == (getattr(layer, name) is None), name
-        if value is not None:
-            setattr(layer, name, nn.Parameter(value, requires_grad=base.weight.requires_grad))
-    return layer.train(base.training)
+    biases = [part.bias for part in parts]
+    some = next((bias for bias in biases if bias is not None), None)
+    if some is not None:
+        none = some.new_zeros(out_features)
+        values["expert_bias"] = torch.stack([none if bias is None else bias for bias in biases])
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _joined(tensors: Sequence[Tensor | None], dim: int) -> Tensor | None:
@@ -175,15 +238,37 @@ def _joined(tensors: Sequence[Tensor | None], dim: int) -> Tensor | None:
     return torch.cat(present, dim=dim).contiguous() if present else None
 
 
-def _accumulate(sums: dict[str, Tensor], names: tuple[str, ...], expert: nn.Module) -> None:
-    state = expert.state_dict()
-    for name in names:
-        if state[name].is_floating_point():
-            value = state[name].to(torch.promote_types(state[name].dtype, torch.float32))
-            sums[name] = value.clone() if name not in sums else sums[name].add_(value)
-
-
-def _set_averages(model: nn.Module, sums: dict[str, Tensor], count: int) -> None:
+def _set_averages(model: nn.Module, sums: Mapping[str, Tensor], count: int) -> None:
     state = model.state_dict()  # its tensors share storage with the model's
     for name, total in sums.items():
         state[name].copy_(total / count)
+
+
+def _log_summary(
+    plan: Plan, taken: Taken, factorer: Factorer, energies: Mapping[str, Sequence[float]], seconds: float
+) -> None:
+    log.info("upscaled %d of %d linear layers, in %.1f s", len(energies), len(plan.layers), seconds)
+    log.info("read %.1f MB of the experts; peak memory of this process %s", factorer.bytes_read / 1e6, peak_memory())
+    kept = torch.tensor([energy for values in energies.values() for energy in values])
+    if len(kept):
+        log.info("energy ‖ΔW‖² kept by the ranks: min %.4f, median %.4f", kept.min(), kept.median())
+    if factorer.store is not None:
+        log.info("factor store: %d found, %d factored", factorer.store.hits, factorer.store.misses)
+    if taken.differing:
+        first = sorted(taken.differing)[0]
+        log.info(
+            "%d tensors outside the upscaled layers differ from the pretrained model's and are not used (first: %s); "
+            "average_experts=true averages them",
+            len(taken.differing), first,
+        )  # fmt: skip
+
+
+def peak_memory() -> str:
+    """The largest resident size of this process so far, as text."""
+    try:
+        import resource
+        import sys
+    except ImportError:  # Windows
+        return "unknown"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6:.0f} MB"

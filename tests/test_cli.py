@@ -266,3 +266,21 @@ def test_two_processes_report_and_save_like_one(tmp_path):
     a, b = (load(folder / "saved") for folder in folders)
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert not [name for name in os.listdir(folders[1]) if name.endswith((".part", ".old"))]
+
+
+def test_a_dry_run_says_what_would_be_done_and_stops(tmp_path):
+    done = Workplace(tmp_path).run("method.dry_run=true", "taskpool=dummy")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "linear layers to upscale" in done.stdout
+    assert "parameter ratio, at most" in done.stdout
+    assert "time to factor" in done.stdout
+    assert "report" not in done.stdout.split("time to factor")[1]
+
+
+def test_a_sweep_factors_nothing_twice(tmp_path):
+    workplace = Workplace(tmp_path)
+    done = workplace.run(
+        "-m", "taskpool=dummy", "method.k=2,4,8", f"method.factor_cache={tmp_path}/store", "fabric.devices=1"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("factor store: 24 found, 0 factored") == 2, done.stdout[-3000:]

@@ -1,0 +1,117 @@
+"""What a model pool's entry is, as the laziest source that fits it: files, an adapter, or the loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from fusion_bench.modelpool.base_pool import BaseModelPool
+from huggingface_hub import try_to_load_from_cache
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from .embedded import DATA
+from .errors import PlanError, SmileError
+from .sources import ADAPTER_CONFIG, INDEX, SINGLE, Openable
+
+PATH_KEYS = {"_target_", "pretrained_model_name_or_path", "torch_dtype", "dtype"}
+LORA_LOADER = "fusion_bench.modelpool.seq2seq_lm.modelpool.load_lora_model"
+EMBEDDED_LOADER = "fusion_bench_smile.embedded.load_expert"
+
+
+def expert_of(pool: BaseModelPool, name: str, pretrained: nn.Module) -> Openable:
+    """The expert `name` of a pool, for `upscale`: nothing is read yet.
+
+    A local folder or cached hub snapshot becomes its files, a LoRA adapter on the pool's own pretrained model its
+    factors. Anything else, also an entry whose files would be loaded in another dtype than the pretrained model's,
+    becomes a function that loads the model.
+    """
+    load = partial(load_model, pool, name)
+    entry = pool._models[name]
+    if isinstance(entry, nn.Module):
+        return entry
+    folder = _adapter_folder(pool, entry) or _files_folder(pool, entry, pretrained)
+    return load if folder is None else folder
+
+
+def load_model(pool: BaseModelPool, name: str) -> nn.Module:
+    """A model of the pool, loaded by the framework.
+
+    Raises:
+        PlanError: naming the entry that can't be loaded.
+    """
+    entry = pool._models[name]
+    where = _path_of(entry) or ""
+    if where.startswith(("/", "./", "../", "~")) and not Path(where).expanduser().exists():
+        raise PlanError(f"model {name!r} of the pool: the folder {where} does not exist; correct its path")
+    try:
+        return pool.load_model(name)
+    except SmileError:
+        raise
+    except Exception as error:
+        shown = where or entry
+        raise PlanError(f"model {name!r} of the pool ({shown}) can't be loaded: {error}") from error
+
+
+def _path_of(entry: Any) -> str | None:
+    """The path or hub name of an entry that is one, or that is loaded by some ``from_pretrained``."""
+    if isinstance(entry, str):
+        return entry
+    if isinstance(entry, (DictConfig, Mapping)):
+        return entry.get("pretrained_model_name_or_path")
+    return None
+
+
+def _files_folder(pool: BaseModelPool, entry: Any, pretrained: nn.Module) -> Path | None:
+    if isinstance(entry, str):
+        options: Mapping[str, Any] = {"_target_": ".from_pretrained", "pretrained_model_name_or_path": entry}
+    elif isinstance(entry, (DictConfig, Mapping)):
+        options = entry
+    else:
+        return None
+    plain = str(options.get("_target_", "")).endswith(".from_pretrained") and set(options) <= PATH_KEYS
+    if not plain or getattr(pool, "_platform", "hf") not in ("hf", "huggingface"):
+        return None
+    settings = {**(getattr(pool, "_model_kwargs", None) or {}), **{k: options[k] for k in options if "dtype" in k}}
+    if any("dtype" not in key for key in settings) or not _keeps_precision(settings, pretrained):
+        return None
+    return _snapshot(str(options["pretrained_model_name_or_path"]))
+
+
+def _keeps_precision(settings: Mapping[str, Any], pretrained: nn.Module) -> bool:
+    """Whether loading would round the files' tensors no further than the pretrained model's own were."""
+    dtype = next(pretrained.parameters()).dtype
+    asked = [str(value).removeprefix("torch.") for value in settings.values() if value is not None]
+    return dtype in (torch.float32, torch.float64) and all(a in ("float32", "float", "float64") for a in asked)
+
+
+def _snapshot(path: str) -> Path | None:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        cached = [try_to_load_from_cache(path, file) for file in (SINGLE, INDEX)] if path.count("/") <= 1 else []
+        found = [Path(file).parent for file in cached if isinstance(file, str)]
+        if not found:
+            return None
+        folder = found[0]
+    return folder if (folder / SINGLE).exists() or (folder / INDEX).exists() else None
+
+
+def _adapter_folder(pool: BaseModelPool, entry: Any) -> Path | None:
+    if not isinstance(entry, (DictConfig, Mapping)):
+        return None
+    options = OmegaConf.to_container(entry, resolve=True) if isinstance(entry, DictConfig) else dict(entry)
+    assert isinstance(options, dict)
+    if options.get("_target_") == EMBEDDED_LOADER:
+        folder = DATA / str(options.get("strength", "gentle")) / str(options.get("task"))
+        return folder if (folder / ADAPTER_CONFIG).exists() else None
+    same_base = options.get("base_model_path") == _path_of(pool._models.get("_pretrained_"))
+    if options.get("_target_") != LORA_LOADER or not same_base or options.get("merge_and_unload") is False:
+        return None
+    folder = Path(str(options["peft_model_path"])).expanduser()
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(str(options["peft_model_path"]), ADAPTER_CONFIG)
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    return folder if (folder / "adapter_model.safetensors").exists() else None

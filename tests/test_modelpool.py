@@ -1,0 +1,118 @@
+"""A pool's entries become the laziest source that fits them, and give the same model as loading them does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import clip_inputs, clip_tower, experts_of, output, t5, t5_inputs
+from fusion_bench.modelpool import BaseModelPool, CLIPVisionModelPool, Seq2SeqLMPool
+from omegaconf import OmegaConf
+from peft import LoraConfig, get_peft_model
+
+from fusion_bench_smile import PlanError, SmileUpscalingAlgorithm, upscale
+from fusion_bench_smile.embedded import load_pretrained
+from fusion_bench_smile.modelpool import expert_of, load_model
+
+TARGET = "transformers.CLIPVisionModel.from_pretrained"
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, str]:
+    base = clip_tower()
+    for name, model in zip(("_pretrained_", "red", "green"), [base, *experts_of(base, 2)], strict=True):
+        model.save_pretrained(tmp_path / name)
+    return {name: str(tmp_path / name) for name in ("_pretrained_", "red", "green")}
+
+
+def clip_pool(entries: dict) -> CLIPVisionModelPool:
+    return CLIPVisionModelPool(OmegaConf.create(entries))
+
+
+@pytest.mark.parametrize(
+    "entry_of",
+    [
+        lambda path: path,
+        lambda path: {"_target_": TARGET, "pretrained_model_name_or_path": path},
+        lambda path: {"_target_": TARGET, "pretrained_model_name_or_path": path, "torch_dtype": "float32"},
+    ],
+    ids=["path", "from_pretrained", "with the same dtype"],
+)
+def test_folders_are_read_as_files(folders, entry_of):
+    pool = clip_pool({name: entry_of(path) for name, path in folders.items()})
+    pretrained = load_model(pool, "_pretrained_")
+    assert expert_of(pool, "red", pretrained) == Path(folders["red"])
+    ours = SmileUpscalingAlgorithm(k=4, gate_k=2).run(pool)
+    expected = upscale(pretrained, {n: load_model(pool, n) for n in ("red", "green")}, k=4, gate_k=2)
+    x = clip_inputs()
+    assert torch.equal(output(ours, x), output(expected, x))
+
+
+@pytest.mark.parametrize(
+    "more", [{"torch_dtype": "float16"}, {"subfolder": "."}, {"variant": None}], ids=lambda more: next(iter(more))
+)
+def test_what_loading_would_change_is_loaded(folders, more):
+    entry = {"_target_": TARGET, "pretrained_model_name_or_path": folders["red"], **more}
+    pool = clip_pool({**folders, "red": entry})
+    assert callable(expert_of(pool, "red", load_model(pool, "_pretrained_")))
+
+
+def test_a_module_in_the_pool_is_taken_as_it_is(folders):
+    base = clip_tower()
+    pool = BaseModelPool({"_pretrained_": base, "red": base})
+    assert expert_of(pool, "red", base) is base
+
+
+def test_the_frameworks_lora_entries_are_read_as_factors(tmp_path):
+    base = t5()
+    base.save_pretrained(tmp_path / "base")
+    for number in range(2):
+        peft = get_peft_model(
+            t5(), LoraConfig(r=3, lora_alpha=5, target_modules=["q", "v", "wi_0"], task_type="SEQ_2_SEQ_LM")
+        )
+        with torch.no_grad():
+            for name, parameter in peft.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.2)
+        peft.save_pretrained(tmp_path / str(number))
+    loader = "fusion_bench.modelpool.seq2seq_lm.modelpool.load_lora_model"
+    entries = {
+        "_pretrained_": {
+            "_target_": "transformers.AutoModelForSeq2SeqLM.from_pretrained",
+            "pretrained_model_name_or_path": str(tmp_path / "base"),
+        }
+    }
+    for number in range(2):
+        entries[str(number)] = {
+            "_target_": loader,
+            "base_model_path": str(tmp_path / "base"),
+            "peft_model_path": str(tmp_path / str(number)),
+        }
+    pool = Seq2SeqLMPool(OmegaConf.create(entries), tokenizer=None)
+    pretrained = load_model(pool, "_pretrained_")
+    assert expert_of(pool, "0", pretrained) == tmp_path / "0"
+    ours = SmileUpscalingAlgorithm(k=4, gate_k=2).run(pool)
+    merged = upscale(pretrained, {n: load_model(pool, n) for n in ("0", "1")}, k=4, gate_k=2)
+    x = t5_inputs()
+    torch.testing.assert_close(output(ours, x), output(merged, x), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_on_another_base_is_loaded(tmp_path, folders):
+    loader = "fusion_bench.modelpool.seq2seq_lm.modelpool.load_lora_model"
+    entry = {"_target_": loader, "base_model_path": "elsewhere", "peft_model_path": str(tmp_path)}
+    pool = clip_pool({**folders, "red": entry})
+    with pytest.raises(PlanError, match="model 'red' of the pool"):
+        expert_of(pool, "red", load_model(pool, "_pretrained_"))()  # type: ignore[operator]
+
+
+def test_the_embedded_experts_are_read_as_factors():
+    entry = {"_target_": "fusion_bench_smile.embedded.load_expert", "task": "digits", "strength": "gentle"}
+    pool = clip_pool({"_pretrained_": {"_target_": "fusion_bench_smile.embedded.load_pretrained"}, "digits": entry})
+    pretrained = load_pretrained()
+    found = expert_of(pool, "digits", pretrained)
+    assert isinstance(found, Path)
+    ours = upscale(pretrained, {"digits": found}, k=16, gate_k=8)
+    merged = upscale(pretrained, {"digits": load_model(pool, "digits")}, k=16, gate_k=8)
+    x = {"pixel_values": torch.randn(4, 3, 28, 28)}
+    torch.testing.assert_close(output(ours.eval(), x), output(merged.eval(), x), rtol=1e-4, atol=1e-4)
