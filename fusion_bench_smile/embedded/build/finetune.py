@@ -36,8 +36,8 @@ STEM = "vision_model.embeddings."
 # AdamW moves every weight by about its learning rate a step, whatever the gradient: its task vectors are large and of
 # high rank. SGD's stay in the span of the task's own inputs: small, low-rank, and easy to tell apart by a router.
 RECIPES = {
-    "gentle": Recipe("sgd", lr=0.05, steps=600),
-    "strong": Recipe("adamw", lr=5e-4, steps=600, weight_decay=0.01),
+    "gentle": Recipe("sgd", lr=0.03, steps=300),
+    "strong": Recipe("adamw", lr=5e-4, steps=300, weight_decay=0.01),
 }
 
 

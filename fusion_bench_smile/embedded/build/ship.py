@@ -19,7 +19,7 @@ from transformers import CLIPModel, CLIPProcessor, CLIPVisionModel
 from ...factors import truncated_svd
 from .images import Images
 
-SHIPPED = {"train": 300, "validation": 300, "test": 600}
+SHIPPED = {"train": 150, "validation": 300, "test": 600}
 ADAPTER_SETTINGS = ("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save", "bias", "inference_mode")
 # of the adapters
 RANKS = {"gentle": 16, "strong": 16}
