@@ -199,6 +199,8 @@ class AdapterSource:
                     raise PlanError(f"{folder}: {key} has no counterpart {other}; the adapter is incomplete")
                 rank = shapes[key][0]
                 self._factored[f"{match[1]}.weight"] = (other, key, _scaling(settings, match[1], rank))
+            elif ".original_module." in name:
+                continue  # what a module to save was before: bias="all" stores it, nothing uses it
             elif not re.search(r"\.lora_(embedding_)?B(\.weight)?$", name):
                 self._replaced[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = key
         self._check(folder, shapes, base_shapes)

@@ -25,7 +25,7 @@ def test_images_and_class_names(task):
     classnames, templates = get_classnames_and_templates(task)
     assert len(set(classnames)) == len(classnames)
     assert all(name in template(name) for name in classnames for template in templates)
-    for split, count in {"train": 300, "validation": 300, "test": 600}.items():
+    for split, count in {"train": 150, "validation": 300, "test": 600}.items():
         images = load_images(task, split)
         assert len(images) == count
         assert images[0]["image"].size == (28, 28)

@@ -134,6 +134,7 @@ SETTINGS: dict[str, dict] = {
     "patterns": {"rank_pattern": {"fc1": 2}, "alpha_pattern": {r"layers.0.self_attn.q_proj": 20}},
     "modules to save": {"modules_to_save": ["layer_norm1"]},
     "all biases": {"bias": "all"},
+    "modules to save, and all biases": {"modules_to_save": ["layer_norm1"], "bias": "all"},
     "biases of LoRA's layers": {"bias": "lora_only"},
 }
 

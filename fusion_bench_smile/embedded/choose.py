@@ -23,7 +23,7 @@ from . import STRENGTHS, Strength, load_pretrained
 from .measure import accuracies, experts
 
 SCALING = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-RANKS = ((1, 8), (4, 4), (4, 8), (8, 8), (4, 16), (8, 16), (16, 16))
+RANKS = ((1, 8), (4, 4), (4, 8), (8, 8), (16, 8), (4, 16), (8, 16), (16, 16))
 
 
 def candidates(strength: Strength) -> Iterator[tuple[str, nn.Module]]:
