@@ -28,7 +28,7 @@ def digest(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous()
     head = f"{data.dtype}{tuple(data.shape)}".encode()
     return xxhash.xxh3_128(
-        memoryview(data.reshape(-1).view(torch.uint8).numpy()), seed=xxhash.xxh32_intdigest(head)
+        data.reshape(-1).view(torch.uint8).numpy().data, seed=xxhash.xxh32_intdigest(head)
     ).hexdigest()
 
 

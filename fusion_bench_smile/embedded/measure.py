@@ -89,7 +89,9 @@ def report() -> str:
         norms = pd.DataFrame(
             {t: {"smallest": d.min(), "mean": d.mean(), "largest": d.max()} for t, d in deltas.items()}
         )
-        routing = {f"gate_k={g}": router_accuracy(upscale(pretrained, models, gate_k=g, k=8).eval()) for g in (1, 4, 8, 16)}
+        routing = {
+            f"gate_k={g}": router_accuracy(upscale(pretrained, models, gate_k=g, k=8).eval()) for g in (1, 4, 8, 16)
+        }
         routing_table = pd.DataFrame(routing).T
         routing_table["average"] = routing_table.mean(axis=1)
         lines += [
