@@ -142,20 +142,17 @@ def empty_layer(plain: nn.Linear, layout: SmileLayout) -> SmileLinear:
 def describe(model: nn.Module, config: SmileConfig, experts: tuple[str, ...]) -> None:
     """Write down in an upscaled model what it is, so that saving it needs nothing else."""
     layers = {n: m.layout.to_dict() for n, m in model.named_modules() if isinstance(m, SmileLinear)}
-    describe_layers(model, layers, config, experts)
-    if isinstance(model, PreTrainedModel):
-        _save_atomically(model)
-
-
-def describe_layers(
-    model: nn.Module, layers: dict[str, dict[str, Any]], config: SmileConfig, experts: tuple[str, ...]
-) -> None:
-    """Write the SMILE section with these layouts into a model's config, or into the model itself."""
-    section = SmileSection(layers, list(experts), json.loads(json.dumps(config.to_dict())))
+    section = make_section(layers, config, experts)
     if isinstance(model, PreTrainedModel):
         model.config.quantization_config = section
+        _save_atomically(model)
     else:
         model.smile_section = section  # type: ignore[assignment]
+
+
+def make_section(layers: dict[str, dict[str, Any]], config: SmileConfig, experts: tuple[str, ...]) -> SmileSection:
+    """The section that describes these layouts."""
+    return SmileSection(layers, list(experts), json.loads(json.dumps(config.to_dict())))
 
 
 def section_of(model: nn.Module) -> SmileSection:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from .checkpoint import describe_layers, is_tied, replaced_folder
+from .checkpoint import is_tied, make_section, replaced_folder
 from .config import SmileConfig
 from .errors import PlanError
 from .parts import Base, Factorer
@@ -74,9 +74,10 @@ def upscale_to_folder(
             shards.add(name, tensor)
         shards.finish()
         _copy_companions(pretrained, scratch)
-        describe_layers(model, layers, config, tuple(experts))
-        cast(Any, model.config).architectures = [type(model).__name__]
-        model.config.save_pretrained(scratch)
+        # read anew: the skeleton's own carries how the skeleton was made
+        settings = AutoConfig.from_pretrained(pretrained)
+        settings.quantization_config = make_section(layers, config, tuple(experts))
+        settings.save_pretrained(scratch)
     log.info("wrote %d upscaled layers into %s, %d files", len(layers), folder, len(shards.files))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import clip_inputs, clip_tower, experts_of, output, t5, t5_inputs, tied_llama
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
@@ -114,7 +114,7 @@ def test_a_late_experts_fault_is_found_before_any_factor(tmp_path, monkeypatch):
 
 
 def adapted(model: nn.Module, folder: Path, seed: int = 0, **settings) -> nn.Module:
-    """Save a random adapter for a copy of `model` into `folder`; returns the merged model."""
+    """Save a random adapter for a copy of `model` into `folder`; returns what PEFT merges of it."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "fc1"], **settings})
     base = type(model)(model.config)
     base.load_state_dict(model.state_dict())
@@ -124,8 +124,10 @@ def adapted(model: nn.Module, folder: Path, seed: int = 0, **settings) -> nn.Mod
         for parameter in peft.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    peft.eval().save_pretrained(folder)
-    return peft.merge_and_unload().eval()
+    peft.save_pretrained(folder)
+    fresh = type(model)(model.config)
+    fresh.load_state_dict(model.state_dict())
+    return PeftModel.from_pretrained(fresh, folder).merge_and_unload().eval()
 
 
 SETTINGS: dict[str, dict] = {
