@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import cast
 
@@ -151,10 +151,10 @@ class Factorer:
         total, kept = factors.s.square().sum(), factors.s[:k].square().sum()
         return factors.truncated(needed), float(kept / total)
 
-    def _factor(self, matrix: Tensor, rank: int, parts: object) -> Factors:
+    def _factor(self, matrix: Tensor, rank: int, made_of: Callable[[], tuple[str, ...]]) -> Factors:
         if self.store is None:
             return truncated_svd(matrix, rank)
-        key = self.store.key(*parts(), str(matrix.dtype))  # type: ignore[operator]
+        key = self.store.key(*made_of(), str(matrix.dtype))
         found = self.store.get(key, rank)
         if found is not None:
             return Factors(*(tensor.to(matrix.device) for tensor in found))

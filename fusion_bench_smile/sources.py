@@ -6,7 +6,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,7 +103,7 @@ class FilesSource:
         self._files: dict[str, Path] = {}
         self._stored_name: dict[str, str] = {}
         for file in weight_files(Path(path)):
-            with _Opened(file) as tensors:
+            with _opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  safetensors' handle is no mapping
                     part = tensors.get_slice(name)
                     passed_over = name.split(".")[0] not in components or "F" not in part.get_dtype()
@@ -120,7 +121,7 @@ class FilesSource:
         return self._shapes
 
     def read(self, name: str) -> Tensor:
-        with _Opened(self._files[name]) as tensors:
+        with _opened(self._files[name]) as tensors:
             tensor = tensors.get_tensor(self._stored_name[name])
         return tensor.to(self._dtype) if self._dtype and tensor.is_floating_point() else tensor
 
@@ -131,21 +132,15 @@ class FilesSource:
         return False
 
 
-class _Opened:
-    """`safe_open` whose failure names the file."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def __enter__(self) -> Any:
-        try:
-            self._handle = safe_open(self._file, framework="pt")
-            return self._handle.__enter__()
-        except (SafetensorError, OSError) as error:
-            raise PlanError(f"{self._file} can't be read: {error}; it is incomplete or corrupt") from None
-
-    def __exit__(self, *exception: Any) -> None:
-        self._handle.__exit__(*exception)
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """`safe_open`, whose failure names the file."""
+    try:
+        handle = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise PlanError(f"{file} can't be read: {error}; it is incomplete or corrupt") from None
+    with handle as tensors:
+        yield tensors
 
 
 def weight_files(path: Path) -> list[Path]:
