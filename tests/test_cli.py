@@ -169,7 +169,7 @@ MODELS = {
     ),
     "NaN": (nan_expert, "expert 'bad' holds NaN in vision_model.encoder.layers.1.mlp.fc1.weight"),
     "infinity": (missing_tensor, "expert 'bad' holds infinity in vision_model.post_layernorm.weight"),
-    "corrupt file": (corrupt_expert, "model 'bad' of the pool"),
+    "corrupt file": (corrupt_expert, "it is incomplete or corrupt"),
     "missing folder": (missing_folder, "nowhere does not exist; correct its path"),
     "no pretrained": (no_pretrained, "the model pool has no '_pretrained_' model; it has: red, green"),
     "no experts": (no_experts, "no experts: give at least one fine-tuned model beside the pretrained one"),
@@ -280,7 +280,11 @@ def test_a_dry_run_says_what_would_be_done_and_stops(tmp_path):
 def test_a_sweep_factors_nothing_twice(tmp_path):
     workplace = Workplace(tmp_path)
     done = workplace.run(
-        "-m", "taskpool=dummy", "method.k=2,4,8", f"method.factor_cache={tmp_path}/store", "fabric.devices=1"
+        "hydra.mode=MULTIRUN",
+        "taskpool=dummy",
+        "method.k=2,4,8",
+        f"method.factor_cache={tmp_path}/store",
+        "fabric.devices=1",
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("factor store: 24 found, 0 factored") == 2, done.stdout[-3000:]
