@@ -15,7 +15,6 @@ import copy
 import gc
 import io
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -65,10 +64,10 @@ def framework(base: nn.Module, experts: list[nn.Module], full: bool) -> nn.Modul
     """The framework's SMILE; it modifies what it gets, so that copying is no part of the time."""
     from fusion_bench.method import SmileUpscalingAlgorithm
 
-    method = SmileUpscalingAlgorithm(
-        device="cpu", upscaling_accelerator=None, full_matrices=full, gate_k=GATE_K, k=K, top_k=1
-    )
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        method = SmileUpscalingAlgorithm(
+            device="cpu", upscaling_accelerator=None, full_matrices=full, gate_k=GATE_K, k=K, top_k=1
+        )
         return method.merge(base, experts)
 
 
@@ -199,7 +198,8 @@ def peak(root: Path, count: int) -> None:
     before = resident()
     model = upscale(base, {str(i): root / str(i % 8) for i in range(count)}, gate_k=GATE_K, k=K)
     result = sum(p.nbytes for p in model.parameters()) / 1e6
-    above = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 - before - result
+    status = Path("/proc/self/status").read_text()  # unlike getrusage's, its peak begins with this program
+    above = int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6 - before - result
     print(f"result {result:.0f} MB, peak beyond it and the pretrained model {above:.0f} MB")
 
 
