@@ -20,9 +20,9 @@ from .config import SmileConfig
 from .errors import PlanError
 from .parts import Base, Factorer
 from .plan import LayerPlan, Plan, check_expert, check_finite, make_plan
-from .sources import INDEX, FilesSource, Openable, Source, open_source, tied_names
+from .sources import INDEX, FilesSource, Openable, Source, tied_names
 from .store import FactorStore
-from .upscale import added_tensors, layout_of
+from .upscale import added_tensors, layout_of, open_all
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +60,10 @@ def upscale_to_folder(
     aliases = tied_names(model)
     base = FilesSource(pretrained, like=shapes, aliases=aliases)
     check_expert(plan, "_pretrained_", base.shapes())
-    sources = {name: open_source(expert, base, aliases) for name, expert in experts.items()}
+    sources = open_all(plan, experts, base, aliases)
     for name, source in sources.items():
         if source is None:
             raise PlanError(f"expert {name!r} is no folder or file: upscaling to disk reads tensor by tensor")
-        check_expert(plan, name, source.shapes())
     factorer = Factorer(config, with_router=len(experts) > 1, store=store)
     with replaced_folder(Path(folder)) as scratch:
         shards = _Shards(scratch, max_shard_bytes)

@@ -110,7 +110,7 @@ def _take_in(
 ) -> None:
     base = StateSource(pretrained.state_dict())
     aliases = tied_names(pretrained)
-    opened = _open_all(plan, experts, base, aliases)
+    opened = open_all(plan, experts, base, aliases)
     bases = {layer.name: Base.of(pretrained, layer.name) for layer in plan.layers}
     takes = share.takes([layer.work for _ in experts for layer in plan.layers])
     own, done = iter(takes), 0
@@ -133,7 +133,7 @@ def _take_in(
         _take_rest(plan, base, source, f"expert {name!r}", taken, averages)
 
 
-def _open_all(
+def open_all(
     plan: Plan, experts: Mapping[str, Openable], base: Source, aliases: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Source | None]:
     """Open every expert that can be without loading it; what can be refused is, before the first factor is computed."""
@@ -158,7 +158,7 @@ def plan_upscaling(pretrained: nn.Module, experts: Experts, config: SmileConfig 
     config = config or SmileConfig.from_dict(options)
     named = dict(experts) if isinstance(experts, Mapping) else {str(i): e for i, e in enumerate(experts)}
     plan = make_plan(pretrained, len(named), config)
-    _open_all(plan, named, StateSource(pretrained.state_dict()), tied_names(pretrained))
+    open_all(plan, named, StateSource(pretrained.state_dict()), tied_names(pretrained))
     return plan
 
 
