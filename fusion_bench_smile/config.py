@@ -93,6 +93,17 @@ class SmileConfig:
         return asdict(self)
 
     @classmethod
+    def given(cls, config: SmileConfig | None, options: Mapping[str, Any]) -> SmileConfig:
+        """The options of a call that takes them either as a config or as keywords.
+
+        Raises:
+            ConfigError: if both are given, or for an unknown keyword.
+        """
+        if config is not None and options:
+            raise ConfigError(f"give either config or keywords, not both (got {', '.join(options)})")
+        return config or cls.from_dict(options)
+
+    @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> SmileConfig:
         """Build from a mapping.
 

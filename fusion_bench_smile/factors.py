@@ -10,9 +10,8 @@ from torch import Tensor
 
 Method = Literal["auto", "exact", "gram", "krylov"]
 
-SOLVER_VERSION = "1"  # part of every stored factor's name: raise it when the numbers change
-# below this size of the smaller side LAPACK's own SVD is as fast as anything; from the second one on, Krylov pays
-GRAM_FROM, KRYLOV_FROM = 64, 1536
+SOLVER_VERSION = "2"  # part of every stored factor's name: raise it when the numbers change
+GRAM_FROM = 64  # below this size of the smaller side LAPACK's own SVD is as fast as anything
 OVERSAMPLING = 8
 BLOCK = 16
 
@@ -36,7 +35,7 @@ class Factors(NamedTuple):
         return Factors(self.up[:, :rank], self.down[:rank], self.s[:rank])
 
 
-def truncated_svd(matrix: Tensor, rank: int, *, method: Method = "auto", tol: float = 1e-7) -> Factors:
+def truncated_svd(matrix: Tensor, rank: int, *, method: Method = "auto", tol: float = 1e-6) -> Factors:
     """The leading `rank` singular triples of a matrix (out, in), fewer where its numerical rank is smaller.
 
     Directions with s ≤ max(out, in)·eps·s₁ are rounding noise, and are left out: the router must not score an expert
@@ -46,10 +45,10 @@ def truncated_svd(matrix: Tensor, rank: int, *, method: Method = "auto", tol: fl
         matrix: (out, in), of any floating dtype; float16 and bfloat16 are factored in float32.
         rank: the largest rank to keep, at least 1.
         method: ``"exact"``, LAPACK's thin SVD; ``"gram"``, eigenvectors of the smaller Gram matrix, refined;
-            ``"krylov"``, block Krylov, which falls back to ``"gram"`` where it doesn't converge; ``"auto"`` chooses by
-            size.
-        tol: the part of the captured energy Σs² that ``"krylov"`` may miss, and the relative residual from which
-            ``"gram"`` falls back to ``"exact"``.
+            ``"krylov"``, block Lanczos; ``"auto"`` chooses by size. Where a residual is too large, ``"krylov"`` falls
+            back to ``"gram"``, and that to ``"exact"``.
+        tol: the square of the largest relative residual ‖Wᵀu − s·v‖/s of a triple: about what may be missed of the
+            captured energy Σs².
 
     Raises:
         ValueError: for an unknown method, a rank below 1, or a matrix that is not two-dimensional.
@@ -99,7 +98,7 @@ Triples = tuple[Tensor, Tensor, Tensor]  # u (m, r), s (r,), v (n, r)
 
 def _solver(method: Method, side: int, rank: int) -> Callable[[Tensor, int, float], Triples]:
     if method == "auto":
-        large: Method = "krylov" if side >= KRYLOV_FROM and 8 * rank <= side else "gram"
+        large: Method = "krylov" if side >= 8 * rank + 256 else "gram"
         method = "exact" if side < GRAM_FROM else large
     return {"exact": _exact, "gram": _gram, "krylov": _krylov}[method]
 
@@ -111,57 +110,94 @@ def _exact(tall: Tensor, rank: int, tol: float) -> Triples:
 
 def _gram(tall: Tensor, rank: int, tol: float) -> Triples:
     wanted = min(rank + OVERSAMPLING, tall.shape[1])
-    vectors = torch.linalg.eigh(tall.mT @ tall).eigenvectors
-    u, s, v = _rayleigh_ritz(tall, vectors[:, -wanted:])
-    # a Gram matrix holds singular values below √eps·s₁ only as noise: there one more product with WᵀW puts them right
-    u, s, v = _rayleigh_ritz(tall, torch.linalg.qr(tall.mT @ u).Q)
-    residual = (tall.mT @ u[:, :rank] - v[:, :rank] * s[:rank]).norm()
-    if residual > max(tol, 100 * torch.finfo(tall.dtype).eps) ** 0.5 * s.norm():
-        return _exact(tall, rank, tol)
-    return u[:, :rank], s[:rank], v[:, :rank]
+    basis = torch.linalg.eigh(tall.mT @ tall).eigenvectors[:, -wanted:]
+    triples, residual = _refined(tall, basis, rank, enough=1e3 * torch.finfo(tall.dtype).eps)
+    return triples if residual <= tol**0.5 else _exact(tall, rank, tol)
 
 
-def _rayleigh_ritz(tall: Tensor, basis: Tensor) -> Triples:
-    """The best singular triples within the span of an orthonormal basis (n, r) of right vectors."""
-    q, r = torch.linalg.qr(tall @ basis)
-    u, s, vh = torch.linalg.svd(r, full_matrices=False)
-    return q @ u, s, basis @ vh.mT
+def _refined(tall: Tensor, basis: Tensor, rank: int, enough: float) -> tuple[Triples, float]:
+    """The best triples within an orthonormal basis (n, r) of right vectors, which nearly spans the leading ones.
+
+    A Gram matrix holds singular values below √eps·s₁ only as noise. Where a residual is above `enough`, one more
+    product with WᵀW puts them right.
+
+    Returns:
+        The triples, and their largest residual ‖Wᵀu − s·v‖ / max(s, √eps·s₁).
+    """
+    for left in (1, 0):
+        q, r = torch.linalg.qr(tall @ basis)
+        u, s, vh = torch.linalg.svd(r, full_matrices=False)
+        u, v = q @ u, basis @ vh.mT
+        back = tall.mT @ u
+        floor = torch.finfo(tall.dtype).eps ** 0.5 * s[:1]
+        residual = float(((back - v * s).norm(dim=0) / torch.maximum(s, floor))[:rank].max())
+        if residual <= enough or not left:
+            break
+        basis = torch.linalg.qr(back).Q
+    return (u[:, :rank], s[:rank], v[:, :rank]), residual
 
 
 def _krylov(tall: Tensor, rank: int, tol: float) -> Triples:
-    """Block Golub-Kahan bidiagonalisation with full reorthogonalisation (Musco & Musco, arXiv 1504.05477)."""
+    """Block Lanczos; what is too small beside the largest singular values is found once those are taken out."""
+    found = _lanczos(tall, rank, tol)
+    if found is None:
+        return _gram(tall, rank, tol)
+    u, s, v = found
+    if len(s) == rank:
+        return found
+    rest = tall - (u * s) @ v.mT
+    if rest.norm() <= max(tall.shape) * torch.finfo(tall.dtype).eps * s[0]:
+        return found  # the numerical rank is smaller than what was asked for
+    basis = torch.linalg.qr(torch.cat([v, _krylov(rest, rank - len(s), tol)[2]], dim=1)).Q
+    triples, residual = _refined(tall, basis, rank, enough=tol**0.5)
+    return triples if residual <= tol**0.5 else _gram(tall, rank, tol)
+
+
+def _lanczos(tall: Tensor, rank: int, tol: float) -> Triples | None:
+    """Block Lanczos on WᵀW with full reorthogonalisation (the block Krylov method of arXiv 1504.05477).
+
+    The projection H of WᵀW on the basis comes from the reorthogonalisation's own coefficients, and what couples the
+    last block to the next one gives the residual of every Ritz pair without another product.
+
+    Returns:
+        Of the leading `rank` triples those that WᵀW resolves (s above about 0.02·s₁ in float32); None where they don't
+        converge.
+    """
+    side, eps = tall.shape[1], torch.finfo(tall.dtype).eps
+    if side < 3 * BLOCK:
+        return None
+    largest = min(2 * side // 3, 16 * rank + 24 * BLOCK) // BLOCK * BLOCK
+    basis, h = tall.new_empty(side, largest + BLOCK), tall.new_zeros(largest, largest)
     generator = torch.Generator().manual_seed(0)  # drawn on the CPU: the same on every device
-    start = torch.randn(tall.shape[1], BLOCK, generator=generator, dtype=tall.dtype).to(tall.device)
-    right = [torch.linalg.qr(start).Q]
-    products = [tall @ right[0]]  # W times each block of the basis
-    largest, energies = min(tall.shape[1] // 2, 16 * rank + 8 * BLOCK), [0.0, 0.0]
-    while len(right) * BLOCK < largest:
-        basis = torch.cat(right, dim=1)
-        block = tall.mT @ torch.linalg.qr(products[-1]).Q
-        for _ in range(2):  # once loses orthogonality, twice is enough
-            block = block - basis @ (basis.mT @ block)
-            block = torch.linalg.qr(block).Q
-        right.append(block)
-        products.append(tall @ block)
-        if len(right) * BLOCK >= rank + OVERSAMPLING and len(right) % 4 == 0:
-            energies.append(_energy(torch.cat(products, dim=1), rank))
-            if _converged(energies, tol):
-                return tuple(part[..., :rank] for part in _rayleigh_ritz(tall, torch.cat(right, dim=1)))  # type: ignore[return-value]
-    return _gram(tall, rank, tol)
-
-
-def _energy(product: Tensor, rank: int) -> float:
-    """Σs² of the leading `rank` singular values of W restricted to a basis, from the products with it (m, r)."""
-    values = torch.linalg.eigvalsh((product.mT @ product).double())
-    return float(values[-rank:].sum())
-
-
-def _converged(energies: list[float], tol: float) -> bool:
-    """Whether what is still missing, extrapolated from the last two gains, is below `tol` of the energy."""
-    before, gain = energies[-2] - energies[-3], energies[-1] - energies[-2]
-    if energies[-3] <= 0 or gain >= before:
-        return False
-    return gain * gain / (before - gain) <= tol * energies[-1]
+    start = torch.randn(side, BLOCK, generator=generator, dtype=tall.dtype).to(tall.device)
+    basis[:, :BLOCK] = torch.linalg.qr(start).Q
+    check = 4 * rank + 4 * BLOCK
+    for end in range(BLOCK, largest + 1, BLOCK):
+        known, last = basis[:, :end], slice(end - BLOCK, end)
+        block = tall.mT @ (tall @ basis[:, last])
+        h[:end, last] = known.mT @ block
+        h[last, :end] = h[:end, last].mT
+        block, coupling = torch.linalg.qr(block - known @ h[:end, last])
+        for _ in range(4):  # twice is enough, unless a column has nothing left but rounding errors
+            block, again = torch.linalg.qr(block - known @ (known.mT @ block))
+            coupling = again @ coupling
+            if again.diagonal().abs().min() > 0.5:
+                break
+        basis[:, end : end + BLOCK] = block
+        invariant = coupling.norm() <= 10 * eps * h[:BLOCK, :BLOCK].norm()
+        if end < min(check, largest) and not invariant:
+            continue
+        check = end + end // 4
+        values, vectors = torch.linalg.eigh(h[:end, :end])
+        resolved = int((values[-rank:] > 3e3 * eps * values[-1]).sum())
+        residuals = (coupling @ vectors[-BLOCK:, -resolved:]).norm(dim=0) / values[-resolved:]
+        if bool(residuals.max() <= tol**0.5):
+            triples, residual = _refined(tall, known @ vectors[:, -resolved - OVERSAMPLING :], resolved, tol**0.5)
+            if residual <= tol**0.5:
+                return triples
+        if invariant:
+            break
+    return None
 
 
 def _signed(u: Tensor, s: Tensor, v: Tensor) -> Factors:

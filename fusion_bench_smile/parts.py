@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from .layers import DENSE
 from .plan import LayerPlan, check_finite
 from .sources import Source
 from .store import SMALLEST_RANK, FactorStore, digest
+from .workers import in_parallel
 
 
 @dataclass(frozen=True)
@@ -64,73 +66,109 @@ class Base:
         return self.digest
 
 
+class Job(NamedTuple):
+    """One item of work: what the expert `label` adds to one layer."""
+
+    layer: LayerPlan
+    base: Base
+    expert: Source
+    label: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an expert did to a weight: its factored delta, or the dense one; the router's own factors; energy kept."""
+
+    factors: Factors | None = None
+    dense: Tensor | None = None
+    gate: Factors | None = None
+    energy: float = 1.0
+
+
 @dataclass
 class Factorer:
     """Makes the parts of all layers and experts, with one set of options.
 
     Attributes:
         with_router: False for a single expert, which needs none.
+        workers: how many parts are made at a time.
         bytes_read: of the experts' tensors, so far.
     """
 
     config: SmileConfig
     with_router: bool
     store: FactorStore | None = None
+    workers: int = 1
     bytes_read: int = field(default=0)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def part(self, layer: LayerPlan, base: Base, expert: Source, label: str) -> ExpertPart:
-        """What the expert `label` adds to a layer.
+    def parts(self, jobs: Sequence[Job]) -> Iterator[ExpertPart]:
+        """The part of every job, in order, several at a time.
 
         Raises:
             PlanError: naming the expert and the tensor that is not finite.
         """
-        weight_name, bias_name = f"{layer.name}.weight", f"{layer.name}.bias"
-        bias = None
+        return in_parallel(lambda job: self._part(*job), jobs, self.workers)
+
+    def _part(self, layer: LayerPlan, base: Base, expert: Source, label: str) -> ExpertPart:
+        bias_name, bias = f"{layer.name}.bias", None
         if base.bias is not None and not expert.is_base(bias_name):
             bias = self._bias(base, self._read(expert, bias_name, label))
         gate_k = layer.gate_k if self.with_router else 0
-        own_gate = gate_k if not self.config.routing_use_diff else 0
-        needed = max(layer.k, gate_k if self.config.routing_use_diff else 0)
-        factors, dense, gate, energy = None, None, None, 1.0
-        pair = expert.low_rank(weight_name)
-        if pair is not None:
-            for tensor in pair:
-                check_finite(tensor, weight_name, label)
-            self.bytes_read += sum(tensor.nbytes for tensor in pair)
-        if pair is not None and layer.k != DENSE and not own_gate:
-            factors, energy = self._factored(pair, needed, layer.k)
-        elif own_gate or not expert.is_base(weight_name):
-            tuned = self._read(expert, weight_name, label)
-            delta = self._work(tuned, base) - self._work(base.weight, base)
-            if bool(delta.any()):
-                dense = delta if layer.k == DENSE else None
-                if needed > 0:
-                    factors = self._factor(delta, needed, lambda: ("delta", base.hash(), digest(tuned)))
-                    energy = float(factors.s[: layer.k].square().sum() / delta.square().sum()) if dense is None else 1.0
-            if own_gate:
-                gate = self._factor(self._work(tuned, base), own_gate, lambda: ("weight", digest(tuned)))
+        shared = self.config.routing_use_diff  # the router's rows are the first ones of the delta's factors
+        change = self._change(
+            layer, base, expert, label, needed=max(layer.k, gate_k if shared else 0), own_gate=0 if shared else gate_k
+        )
+        factors, gate, dense = change.factors, change.gate, change.dense
 
-        def stored(tensor: Tensor) -> Tensor:
-            return tensor.to(base.weight.device, base.weight.dtype)
+        def stored(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(base.weight.device, base.weight.dtype)
 
-        gate_rank = gate.rank if gate else (min(gate_k, factors.rank) if factors else 0)
-        down = factors.down[: max(layer.k, gate_rank if not gate else 0)] if factors else None
+        low_rank = factors is not None and layer.k != DENSE
+        rank = min(layer.k, factors.rank) if factors and low_rank else 0
+        gate_rank = gate.rank if gate else min(gate_k, factors.rank) if factors else 0
         return ExpertPart(
-            rank=DENSE if dense is not None else (min(layer.k, factors.rank) if factors and layer.k != DENSE else 0),
+            rank=DENSE if dense is not None else rank,
             gate_rank=gate_rank,
-            down=None if down is None else stored(down),
-            up=stored(factors.up[:, : layer.k]) if factors and layer.k != DENSE else None,
+            down=stored(factors.down[: max(rank, 0 if gate else gate_rank)]) if factors else None,
+            up=stored(factors.up[:, :rank]) if factors and low_rank else None,
             gate=stored(gate.down) if gate else None,
-            dense=None if dense is None else stored(dense),
+            dense=stored(dense),
             bias=bias,
-            energy=energy,
+            energy=change.energy,
         )
 
+    def _change(self, layer: LayerPlan, base: Base, expert: Source, label: str, needed: int, own_gate: int) -> Change:
+        name = f"{layer.name}.weight"
+        if layer.k != DENSE and not own_gate:
+            pair = expert.low_rank(name)
+            if pair is not None:
+                return self._factored_change(self._counted(pair, name, label), needed, layer.k)
+        if expert.is_base(name) and not own_gate:
+            return Change()
+        tuned = self._read(expert, name, label)
+        delta = self._work(tuned, base) - self._work(base.weight, base)
+        change = Change()
+        if bool(delta.any()):
+            change = Change(dense=delta if layer.k == DENSE else None)
+            if needed > 0:
+                factors = self._factor(delta, needed, lambda: ("delta", base.hash(), digest(tuned)))
+                kept = 1.0 if layer.k == DENSE else float(factors.s[: layer.k].square().sum() / delta.square().sum())
+                change = replace(change, factors=factors, energy=kept)
+        if own_gate:
+            gate = self._factor(self._work(tuned, base), own_gate, lambda: ("weight", digest(tuned)))
+            change = replace(change, gate=gate)
+        return change
+
+    def _counted(self, tensors: Sequence[Tensor], name: str, label: str) -> Sequence[Tensor]:
+        for tensor in tensors:
+            check_finite(tensor, name, label)
+        with self._lock:
+            self.bytes_read += sum(tensor.nbytes for tensor in tensors)
+        return tensors
+
     def _read(self, expert: Source, name: str, label: str) -> Tensor:
-        tensor = expert.read(name)
-        check_finite(tensor, name, label)
-        self.bytes_read += tensor.nbytes
-        return tensor
+        return self._counted([expert.read(name)], name, label)[0]
 
     def _work(self, tensor: Tensor, base: Base) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(tensor.dtype, base.weight.dtype), torch.float32)
@@ -143,13 +181,13 @@ class Factorer:
         delta = tuned.to(base.bias.device, torch.promote_types(tuned.dtype, torch.float32)) - base.bias
         return delta.to(base.weight.dtype)
 
-    def _factored(self, pair: Sequence[Tensor], needed: int, k: int) -> tuple[Factors | None, float]:
+    def _factored_change(self, pair: Sequence[Tensor], needed: int, k: int) -> Change:
         b, a = (tensor.to(self.config.compute_device) for tensor in pair)
         factors = low_rank_svd(b, a)
         if factors.rank == 0:
-            return None, 1.0
-        total, kept = factors.s.square().sum(), factors.s[:k].square().sum()
-        return factors.truncated(needed), float(kept / total)
+            return Change()
+        energy = factors.s[:k].square().sum() / factors.s.square().sum()
+        return Change(factors.truncated(needed), energy=float(energy))
 
     def _factor(self, matrix: Tensor, rank: int, made_of: Callable[[], tuple[str, ...]]) -> Factors:
         if self.store is None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .config import SmileConfig
 from .errors import ConfigError, PlanError
+from .workers import workers_for
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +34,16 @@ class LayerPlan:
 
     @property
     def work(self) -> float:
-        """Floating-point operations to factor one expert's delta: a Gram matrix, its eigenvectors, the refinement."""
+        """Floating-point operations to factor one expert's delta, about: products with a basis and among it."""
         small, large = sorted((self.in_features, self.out_features))
-        return 2.0 * large * small**2 + 9.0 * small**3 + 8.0 * large * small * self.rank
+        basis = min(8 * self.rank, small)
+        return 4.0 * large * small * basis + 8.0 * small * basis**2
+
+    @property
+    def working_bytes(self) -> int:
+        """What one delta takes while it is factored: both weights, it and a scaled copy, Gram matrices, bases."""
+        small, large = sorted((self.in_features, self.out_features))
+        return 4 * (4 * small * large + 4 * small**2 + 4 * (small + large) * self.rank)
 
     @property
     def rank(self) -> int:
@@ -69,15 +77,16 @@ class Plan:
     kept: tuple[str, ...]
     parameters: int
 
+    def workers(self, device: torch.device) -> int:
+        """How many deltas are factored at a time; on an accelerator one."""
+        return workers_for(max(layer.working_bytes for layer in self.layers)) if device.type == "cpu" else 1
+
     def summary(self) -> dict[str, str]:
         """What the upscaling will cost, for people; the added parameters and bytes are upper bounds."""
         added = sum(layer.added(self.num_experts) for layer in self.layers)
         read = self.num_experts * sum(math.prod(shape) for shape in self.tensors.values()) * self.layers[0].itemsize
         result = (self.parameters + added) * self.layers[0].itemsize
-        # of one delta at a time: both weights, their difference, its scaled copy, two Gram-sized matrices, the bases
-        largest = max(self.layers, key=lambda layer: layer.in_features * layer.out_features)
-        small, large = sorted((largest.in_features, largest.out_features))
-        working = 4 * (4 * small * large + 4 * small**2 + 4 * (small + large) * largest.rank)
+        working = self.workers(torch.device("cpu")) * max(layer.working_bytes for layer in self.layers)
         return {
             "linear layers to upscale": str(len(self.layers)),
             "linear layers kept": str(len(self.kept)),

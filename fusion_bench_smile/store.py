@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from .factors import SOLVER_VERSION, Factors
 log = logging.getLogger(__name__)
 
 # Entries hold at least this rank: a sweep over smaller ones factors once, whatever point comes first.
-SMALLEST_RANK = 64
+SMALLEST_RANK = 32
 DEFAULT_BYTES = 20 * 2**30
 
 
@@ -47,6 +48,7 @@ class FactorStore:
         self._folder, self._max_bytes = Path(folder).expanduser(), max_bytes
         self._size: int | None = None
         self._writable = True
+        self._lock = threading.Lock()  # of the counts; the files are safe by being renamed
         self.hits = self.misses = 0
 
     def key(self, *parts: str) -> str:
@@ -56,10 +58,9 @@ class FactorStore:
     def get(self, key: str, rank: int) -> Factors | None:
         """The factors of an entry, truncated to `rank`; None where it is missing, damaged, or of a smaller rank."""
         factors = self._read(self._folder / f"{key}.safetensors", rank)
-        if factors is None:
-            self.misses += 1
-        else:
-            self.hits += 1
+        with self._lock:
+            self.hits += factors is not None
+            self.misses += factors is None
         return factors
 
     def _read(self, file: Path, rank: int) -> Factors | None:
@@ -98,7 +99,8 @@ class FactorStore:
             save_file({n: t.cpu().contiguous() for n, t in factors._asdict().items()}, scratch, notes)
             target = self._folder / f"{key}.safetensors"
             os.replace(scratch, target)
-            self._make_room(target.stat().st_size)
+            with self._lock:
+                self._make_room(target.stat().st_size)
         except (OSError, SafetensorError) as error:
             self._writable = False
             log.warning("nothing can be written to the factor store %s (%s): going on without", self._folder, error)

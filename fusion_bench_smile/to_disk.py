@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 from .checkpoint import is_tied, make_section, replaced_folder
 from .config import SmileConfig
 from .errors import PlanError
-from .parts import Base, Factorer
+from .parts import Base, Factorer, Job
 from .plan import LayerPlan, Plan, check_expert, check_finite, make_plan
 from .sources import INDEX, FilesSource, Openable, Source, tied_names
 from .store import FactorStore
@@ -52,7 +52,7 @@ def upscale_to_folder(
         ConfigError, PlanError: as `upscale`; also for experts that can't be read tensor by tensor.
         CheckpointError: if nothing can be written to `folder`.
     """
-    config = config or SmileConfig.from_dict(options)
+    config = SmileConfig.given(config, options)
     pretrained = Path(pretrained)
     model = _skeleton(pretrained)
     plan = make_plan(model, len(experts), config)
@@ -64,7 +64,7 @@ def upscale_to_folder(
     for name, source in sources.items():
         if source is None:
             raise PlanError(f"expert {name!r} is no folder or file: upscaling to disk reads tensor by tensor")
-    factorer = Factorer(config, with_router=len(experts) > 1, store=store)
+    factorer = Factorer(config, with_router=len(experts) > 1, store=store, workers=plan.workers(config.compute_device))
     with replaced_folder(Path(folder)) as scratch:
         shards = _Shards(scratch, max_shard_bytes)
         layers: dict[str, dict[str, Any]] = {}
@@ -126,7 +126,8 @@ def _routed(
     factorer: Factorer,
     layers: dict[str, dict[str, Any]],
 ) -> Iterator[tuple[str, Tensor]]:
-    parts = [factorer.part(layer, base, source, f"expert {name!r}") for name, source in experts.items()]
+    jobs = [Job(layer, base, source, f"expert {name!r}") for name, source in experts.items()]
+    parts = list(factorer.parts(jobs))
     if all(part.changes_nothing for part in parts):
         return
     layers[layer.name] = layout_of(parts, factorer.config).to_dict()

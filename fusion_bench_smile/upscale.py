@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 from .checkpoint import describe
 from .config import SmileConfig
-from .errors import ConfigError, PlanError
+from .errors import PlanError
 from .layers import SmileLayout, SmileLinear
-from .parts import Base, ExpertPart, Factorer
+from .parts import Base, ExpertPart, Factorer, Job
 from .plan import Plan, check_expert, check_finite, make_plan
 from .sharing import Share
 from .sources import Openable, Source, StateSource, open_source, tied_names
@@ -63,13 +64,10 @@ def upscale(
         ConfigError: for an option that can't work.
         PlanError: for models that can't be upscaled together; see `make_plan` and `check_expert`.
     """
-    if config is not None and options:
-        raise ConfigError(f"give either config or keywords, not both (got {', '.join(options)})")
-    config = config or SmileConfig.from_dict(options)
-    named = dict(experts) if isinstance(experts, Mapping) else {str(i): e for i, e in enumerate(experts)}
+    config, named = SmileConfig.given(config, options), _named(experts)
     plan = make_plan(pretrained, len(named), config)
     began, share = time.perf_counter(), Share(alone=not share_work)
-    factorer = Factorer(config, with_router=len(named) > 1, store=store)
+    factorer = Factorer(config, with_router=len(named) > 1, store=store, workers=plan.workers(config.compute_device))
     taken, error = Taken(), None
     try:
         _take_in(plan, pretrained, named, factorer, share, taken, on_item)
@@ -82,6 +80,10 @@ def upscale(
     describe(upscaled, config, tuple(named))
     _log_summary(plan, taken, factorer, energies, time.perf_counter() - began)
     return upscaled
+
+
+def _named(experts: Experts) -> dict[str, Openable]:
+    return dict(experts) if isinstance(experts, Mapping) else {str(i): expert for i, expert in enumerate(experts)}
 
 
 @dataclass
@@ -124,8 +126,8 @@ def _take_in(
             source = open_source(cast(Callable[[], Any], expert)(), base, aliases)
             assert source is not None, f"the function for expert {name!r} returned no model"
             check_expert(plan, name, source.shapes())
-        for layer in mine:
-            part = factorer.part(layer, bases[layer.name], source, f"expert {name!r}")
+        jobs = [Job(layer, bases[layer.name], source, f"expert {name!r}") for layer in mine]
+        for layer, part in zip(mine, factorer.parts(jobs), strict=True):
             taken.parts.setdefault(layer.name, {})[number] = part
             done += 1
             if on_item:
@@ -155,8 +157,7 @@ def plan_upscaling(pretrained: nn.Module, experts: Experts, config: SmileConfig 
     Raises:
         ConfigError, PlanError: see `upscale`.
     """
-    config = config or SmileConfig.from_dict(options)
-    named = dict(experts) if isinstance(experts, Mapping) else {str(i): e for i, e in enumerate(experts)}
+    config, named = SmileConfig.given(config, options), _named(experts)
     plan = make_plan(pretrained, len(named), config)
     open_all(plan, named, StateSource(pretrained.state_dict()), tied_names(pretrained))
     return plan
@@ -265,6 +266,9 @@ def _log_summary(
 
 def peak_memory() -> str:
     """The largest resident size of this process so far, as text."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: unlike getrusage's, its peak begins with this program
+        return f"{int(status.read_text().split('VmHWM:')[1].split()[0]) * 1024 / 1e6:.0f} MB"
     try:
         import resource
         import sys

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fusion_bench_smile import factors as factors_module
 from fusion_bench_smile.factors import Factors, low_rank_svd, truncated_svd
 
 METHODS = ("exact", "gram", "krylov", "auto")
@@ -75,6 +76,30 @@ def test_the_fast_solvers_are_exact_in_quality(method, shape, kind):
     if kind != "noise":
         exact = torch.linalg.svd(matrix, full_matrices=False).Vh[:16]
         assert largest_angle(factors.down[:16], exact) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("values", "floor"),
+    [
+        pytest.param(torch.ones(16), 1e-3, id="a merged adapter in a rounded checkpoint"),
+        pytest.param(torch.ones(16), 0.0, id="a merged adapter"),
+        pytest.param(torch.ones(21), 1e-9, id="a rank that no block fits"),
+        pytest.param(0.6 ** torch.arange(20), 1e-4, id="steep, on a floor"),
+    ],
+)
+def test_krylov_separates_what_the_gram_matrix_cannot(monkeypatch, values, floor):
+    torch.manual_seed(0)
+    rows, columns = 600, 520
+    matrix = spectrum(rows, columns, values.double())
+    matrix += floor * torch.randn(rows, columns, dtype=torch.float64) / columns**0.5
+    monkeypatch.setattr(factors_module, "_gram", None)  # no falling back
+    factors = truncated_svd(matrix.float(), 32, method="krylov")
+    expected = torch.linalg.svdvals(matrix)
+    kept = int((expected > 10 * rows * torch.finfo(torch.float32).eps * expected[0]).sum())
+    assert min(kept, 32) <= factors.rank <= 32
+    torch.testing.assert_close(factors.s.double(), expected[: factors.rank], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(factors.down @ factors.down.T, torch.eye(factors.rank), rtol=0, atol=2e-5)
+    assert missed_energy(matrix, factors, factors.rank) < 1e-6
 
 
 @pytest.mark.parametrize("method", METHODS)

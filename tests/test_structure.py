@@ -28,7 +28,8 @@ ALLOWED = {
     "factors.py": {"torch"},
     "layers.py": {"torch"},
     "config.py": {"torch", "fusion_bench_smile.errors"},
-    "plan.py": {"torch", "fusion_bench_smile.errors", "fusion_bench_smile.config"},
+    "workers.py": {"torch"},
+    "plan.py": {"torch", *(f"fusion_bench_smile.{name}" for name in ("errors", "config", "workers"))},
 }
 
 
