@@ -19,12 +19,14 @@ BLOCK = 16
 class Factors(NamedTuple):
     """ΔW ≈ up @ down (arXiv 2408.10174, section 4): `down` has orthonormal rows, the singular values are in `up`.
 
-    Shapes: up (out, r), down (r, in), s (r,), in descending order of s. A truncation is a prefix.
+    Shapes: up (out, r), down (r, in), s (r,), in descending order of s. A truncation is a prefix. `norm` () is ‖ΔW‖, of
+    all directions, kept or not.
     """
 
     up: Tensor
     down: Tensor
     s: Tensor
+    norm: Tensor
 
     @property
     def rank(self) -> int:
@@ -32,7 +34,11 @@ class Factors(NamedTuple):
 
     def truncated(self, rank: int) -> Factors:
         """The leading `rank` triples."""
-        return Factors(self.up[:, :rank], self.down[:rank], self.s[:rank])
+        return Factors(self.up[:, :rank], self.down[:rank], self.s[:rank], self.norm)
+
+    def energy(self, rank: int) -> float:
+        """The part of ‖ΔW‖² that the leading `rank` directions hold."""
+        return float((self.s[:rank] / self.norm).square().sum())
 
 
 def truncated_svd(matrix: Tensor, rank: int, *, method: Method = "auto", tol: float = 1e-6) -> Factors:
@@ -61,14 +67,14 @@ def truncated_svd(matrix: Tensor, rank: int, *, method: Method = "auto", tol: fl
     rank = min(rank, *work.shape)
     scale = work.abs().max() if work.numel() else work.new_zeros(())
     if not scale:
-        return Factors(work.new_zeros(len(work), 0), work.new_zeros(0, work.shape[1]), work.new_zeros(0))
+        return _signed(work.new_zeros(len(work), 0), work.new_zeros(0), work.new_zeros(work.shape[1], 0), scale)
     wide = work.shape[0] < work.shape[1]
     tall = (work.T if wide else work) / scale  # squares of tiny or huge entries would leave the dtype's range
     u, s, v = _solver(method, tall.shape[1], rank)(tall, rank, tol)
     if wide:
         u, v = v, u
     kept = int((s > max(work.shape) * torch.finfo(work.dtype).eps * s[0]).sum())
-    return _signed(u[:, :kept], s[:kept] * scale, v[:, :kept])
+    return _signed(u[:, :kept], s[:kept] * scale, v[:, :kept], tall.norm() * scale)
 
 
 def low_rank_svd(b: Tensor, a: Tensor, rank: int | None = None) -> Factors:
@@ -90,7 +96,7 @@ def low_rank_svd(b: Tensor, a: Tensor, rank: int | None = None) -> Factors:
     noise = max(len(b), a.shape[1]) * torch.finfo(dtype).eps * core.s[:1]
     kept = int((core.s > noise).sum())
     core = core.truncated(kept)
-    return _signed(q_out @ (core.up / core.s), core.s, q_in @ core.down.T)
+    return _signed(q_out @ (core.up / core.s), core.s, q_in @ core.down.T, core.norm)
 
 
 Triples = tuple[Tensor, Tensor, Tensor]  # u (m, r), s (r,), v (n, r)
@@ -200,7 +206,7 @@ def _lanczos(tall: Tensor, rank: int, tol: float) -> Triples | None:
     return None
 
 
-def _signed(u: Tensor, s: Tensor, v: Tensor) -> Factors:
+def _signed(u: Tensor, s: Tensor, v: Tensor, norm: Tensor) -> Factors:
     largest = v.gather(0, v.abs().argmax(dim=0, keepdim=True)) if v.numel() else v.new_ones(1, v.shape[1])
     sign = torch.where(largest < 0, -1.0, 1.0).to(v.dtype)
-    return Factors(up=(u * sign * s).contiguous(), down=(v * sign).mT.contiguous(), s=s.contiguous())
+    return Factors((u * sign * s).contiguous(), (v * sign).mT.contiguous(), s.contiguous(), norm)

@@ -147,16 +147,18 @@ class Factorer:
         if expert.is_base(name) and not own_gate:
             return Change()
         tuned = self._read(expert, name, label)
-        delta = self._work(tuned, base) - self._work(base.weight, base)
+        dtype = torch.promote_types(torch.promote_types(tuned.dtype, base.weight.dtype), torch.float32)
+        weight, start = (tensor.to(self.config.compute_device, dtype) for tensor in (tuned, base.weight))
         change = Change()
-        if bool(delta.any()):
-            change = Change(dense=delta if layer.k == DENSE else None)
-            if needed > 0:
-                factors = self._factor(delta, needed, lambda: ("delta", base.hash(), digest(tuned)))
-                kept = 1.0 if layer.k == DENSE else float(factors.s[: layer.k].square().sum() / delta.square().sum())
-                change = replace(change, factors=factors, energy=kept)
+        if not torch.equal(weight, start):
+            key = lambda: ("delta", base.hash(), digest(tuned), str(dtype))  # noqa: E731
+            factors = self._factor(lambda: weight - start, needed, key) if needed else None
+            if layer.k == DENSE:
+                change = Change(factors, dense=weight - start)
+            elif factors and factors.rank:
+                change = Change(factors, energy=factors.energy(layer.k))
         if own_gate:
-            gate = self._factor(self._work(tuned, base), own_gate, lambda: ("weight", digest(tuned)))
+            gate = self._factor(lambda: weight, own_gate, lambda: ("weight", digest(tuned), str(dtype)))
             change = replace(change, gate=gate)
         return change
 
@@ -170,10 +172,6 @@ class Factorer:
     def _read(self, expert: Source, name: str, label: str) -> Tensor:
         return self._counted([expert.read(name)], name, label)[0]
 
-    def _work(self, tensor: Tensor, base: Base) -> Tensor:
-        dtype = torch.promote_types(torch.promote_types(tensor.dtype, base.weight.dtype), torch.float32)
-        return tensor.to(self.config.compute_device, dtype)
-
     def _bias(self, base: Base, tuned: Tensor) -> Tensor | None:
         assert base.bias is not None
         if torch.equal(base.bias, tuned.to(base.bias.device, base.bias.dtype)):
@@ -186,17 +184,17 @@ class Factorer:
         factors = low_rank_svd(b, a)
         if factors.rank == 0:
             return Change()
-        energy = factors.s[:k].square().sum() / factors.s.square().sum()
-        return Change(factors.truncated(needed), energy=float(energy))
+        return Change(factors.truncated(needed), energy=factors.energy(k))
 
-    def _factor(self, matrix: Tensor, rank: int, made_of: Callable[[], tuple[str, ...]]) -> Factors:
+    def _factor(self, matrix: Callable[[], Tensor], rank: int, made_of: Callable[[], tuple[str, ...]]) -> Factors:
         if self.store is None:
-            return truncated_svd(matrix, rank)
-        key = self.store.key(*made_of(), str(matrix.dtype))
+            return truncated_svd(matrix(), rank)
+        key = self.store.key(*made_of())
         found = self.store.get(key, rank)
         if found is not None:
-            return Factors(*(tensor.to(matrix.device) for tensor in found))
-        asked = max(rank, min(SMALLEST_RANK, *matrix.shape))
-        factors = truncated_svd(matrix, asked)
+            return Factors(*(tensor.to(self.config.compute_device) for tensor in found))
+        work = matrix()
+        asked = max(rank, min(SMALLEST_RANK, *work.shape))
+        factors = truncated_svd(work, asked)
         self.store.put(key, factors, asked)
         return factors.truncated(rank)
