@@ -11,6 +11,7 @@ from .checkpoint import load, save
 from .config import SmileConfig
 from .errors import CheckpointError, ConfigError, PlanError, SmileError
 from .layers import SmileLinear
+from .routing import record_routing
 from .store import FactorStore
 from .to_disk import upscale_to_folder
 from .upscale import plan_upscaling, upscale
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "load",
     "plan_upscaling",
+    "record_routing",
     "save",
     "upscale",
     "upscale_to_folder",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from .errors import ConfigError
+from .layers import Execution
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class SmileConfig:
             pretrained ones.
         target_modules: name patterns (``fnmatch``) of the linear layers to upscale; None upscales all.
         exclude_modules: name patterns of linear layers to leave as pretrained.
+        execution: how the routed layers are computed: ``"auto"``, ``"grouped"`` or ``"masked"``; see `layers`.
         device: where the factors are computed: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, …
         upscaling_accelerator: the same under the framework's second name; if set, it wins over `device`.
         full_matrices: accepted for commands written for the framework's SMILE; square U and V are never formed, and
@@ -41,6 +43,7 @@ class SmileConfig:
     average_experts: bool = False
     target_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] = field(default=())
+    execution: Execution = "auto"
     device: str = "auto"
     upscaling_accelerator: str | None = None
     full_matrices: bool = False
@@ -59,6 +62,8 @@ class SmileConfig:
             raise ConfigError(f"k={self.k}: an expert needs a rank of at least 1, or −1 to stay dense")
         if self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k}: at least 1 expert must serve each token")
+        if self.execution not in get_args(Execution):
+            raise ConfigError(f"execution={self.execution!r} is not one of {', '.join(get_args(Execution))}")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):

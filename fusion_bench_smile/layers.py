@@ -1,20 +1,26 @@
 """SmileLinear: a linear layer with a router and low-rank experts beside it. Imports torch alone.
 
-One product with all experts' `down` rows gives both what the router scores and what the experts need, so nothing
-depends on how the tokens were routed: no loop over tokens, no host synchronisation.
+Two ways to compute the same thing:
+
+- *masked*: every token with every expert, times its routing weight, which is zero for most. Nothing depends on how the
+  tokens were routed: no loop over data, no host synchronisation, so it can be compiled and exported.
+- *grouped*: the tokens of each expert are gathered, and computed with that expert alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 DENSE = -1
+# multiply-adds that must be saved for each expert before handling its tokens apart pays, on a CPU
+SAVED_FROM = 1_000_000
+Execution = Literal["auto", "grouped", "masked"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,9 @@ class SmileLayout:
         ranks: for each expert its rank; 0 where it left this weight unchanged, −1 where its delta is kept dense.
         gate_ranks: for each expert the number of router rows; 0 gives it the score 0.
         top_k: experts kept for each token.
-        shared_router: the router rows are the first rows of the experts' `down`; otherwise they are stored apart.
+        shared_router: the router rows are an expert's own leading directions; otherwise they are others.
         expert_bias: some expert changed the bias.
+        execution: how the layer is computed; see `SmileLinear.grouped_pays`.
     """
 
     ranks: tuple[int, ...]
@@ -34,6 +41,7 @@ class SmileLayout:
     top_k: int = 1
     shared_router: bool = True
     expert_bias: bool = False
+    execution: Execution = "auto"
 
     @property
     def num_experts(self) -> int:
@@ -44,11 +52,16 @@ class SmileLayout:
         return tuple(max(rank, 0) for rank in self.ranks)
 
     @property
+    def shared_ranks(self) -> tuple[int, ...]:
+        """For each expert how many of its directions are router rows."""
+        if not self.shared_router:
+            return (0,) * self.num_experts
+        return tuple(min(k, g) for k, g in zip(self.low_ranks, self.gate_ranks, strict=True))
+
+    @property
     def down_rows(self) -> tuple[int, ...]:
-        """Rows of `down` for each expert: what it computes with, and what its router needs beyond that."""
-        if self.shared_router:
-            return tuple(max(k, g) for k, g in zip(self.low_ranks, self.gate_ranks, strict=True))
-        return self.low_ranks
+        """For each expert the directions that are no router rows."""
+        return tuple(k - s for k, s in zip(self.low_ranks, self.shared_ranks, strict=True))
 
     @property
     def dense_experts(self) -> tuple[int, ...]:
@@ -67,18 +80,18 @@ class SmileLinear(nn.Linear):
     """y = W₀x + b₀ + Σᵢ wᵢ(x)·(ΔWᵢ x + Δbᵢ), with wᵢ from the router (arXiv 2408.10174, section 4).
 
     `weight` (out, in) and `bias` (out,) are the pretrained ones under their old names. Beside them, each only where it
-    is needed:
+    is needed, and expert after expert:
 
-    - `down` (Σ down_rows, in): the leading right singular vectors of each expert's delta, expert after expert;
+    - `gate` (Σ gate_ranks, in): the router rows; with a shared router each expert's leading right singular vectors;
+    - `down` (Σ down_rows, in): the right singular vectors that are no router rows;
     - `up` (out, Σ ranks): the left singular vectors times the singular values;
-    - `gate` (Σ gate_ranks, in): the router rows, where they are not the first rows of `down`;
     - `dense` (D, out, in): the deltas of the dense experts;
     - `expert_bias` (T, out): the bias deltas.
     """
 
+    gate: Tensor | None
     down: Tensor | None
     up: Tensor | None
-    gate: Tensor | None
     dense: Tensor | None
     expert_bias: Tensor | None
 
@@ -95,9 +108,9 @@ class SmileLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.layout = layout
         shapes = {
+            "gate": (sum(layout.gate_ranks), in_features),
             "down": (sum(layout.down_rows), in_features),
             "up": (out_features, sum(layout.low_ranks)),
-            "gate": (0 if layout.shared_router else sum(layout.gate_ranks), in_features),
             "dense": (len(layout.dense_experts), out_features, in_features),
             "expert_bias": (layout.num_experts if layout.expert_bias else 0, out_features),
         }
@@ -110,12 +123,61 @@ class SmileLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in) to (…, out)."""
-        layout = self.layout
         out = F.linear(x, self.weight, self.bias)
-        hidden = F.linear(x, self.down) if self.down is not None else None  # (…, R)
-        weights = self._weights(x, hidden).to(out.dtype)  # (…, T)
-        if self.up is not None and hidden is not None:
-            out = out + F.linear(_weigh(hidden, layout.down_rows, layout.low_ranks, weights), self.up)
+        projected = self._projected(x)
+        if projected is not None and self.grouped_pays(x):
+            return self._grouped(x, out, projected)
+        return self._masked(x, out, projected)
+
+    def grouped_pays(self, x: Tensor) -> bool:
+        """Whether the layer is computed expert by expert for an input (…, in).
+
+        ``"auto"``: on the CPU, where the products saved outweigh handling each expert's tokens apart. Elsewhere the
+        sizes of the groups would have to be waited for, and while compiling or exporting they aren't known.
+        """
+        layout = self.layout
+        if layout.execution != "auto":
+            return layout.execution == "grouped" and layout.top_k < layout.num_experts
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or layout.top_k >= layout.num_experts:
+            return False
+        dense = len(layout.dense_experts) * self.in_features * self.out_features
+        low = sum(layout.down_rows) * self.in_features + sum(layout.low_ranks) * self.out_features
+        saved = (dense + low) * (1 - layout.top_k / layout.num_experts) * x.numel() / self.in_features
+        return saved > SAVED_FROM * layout.num_experts
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Router scores ‖V_gateᵢᵀ x‖₂ of x (…, in): (…, T), in float32 or, for float64 input, float64."""
+        return self._scores(x, self._projected(x))
+
+    def chosen(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Which experts serve tokens with these scores (…, T), and with what weights: both (…, top_k)."""
+        kept, chosen = scores.topk(self.layout.top_k, dim=-1)
+        # softmax over the kept scores equals softmax over all, top-k, renormalise
+        return chosen, torch.ones_like(kept) if self.layout.top_k == 1 else kept.softmax(dim=-1)
+
+    def _projected(self, x: Tensor) -> Tensor | None:
+        """x on the router rows: (…, Σ gate_ranks), in at least float32: rounded scores choose wrong experts."""
+        if self.gate is None:
+            return None
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.gate.to(dtype))
+
+    def _scores(self, x: Tensor, projected: Tensor | None) -> Tensor:
+        gate_ranks = self.layout.gate_ranks
+        if projected is None:
+            return x.new_zeros(*x.shape[:-1], len(gate_ranks), dtype=torch.promote_types(x.dtype, torch.float32))
+        if _uniform(gate_ranks):
+            return torch.linalg.vector_norm(projected.unflatten(-1, (len(gate_ranks), gate_ranks[0])), dim=-1)
+        return torch.stack([torch.linalg.vector_norm(p, dim=-1) for p in projected.split(list(gate_ranks), -1)], -1)
+
+    def _masked(self, x: Tensor, out: Tensor, projected: Tensor | None) -> Tensor:
+        layout = self.layout
+        weights = self._weights(x, projected)  # (…, T)
+        if self.up is not None:
+            hidden = self._directions(x, projected) * _repeated(weights, layout.low_ranks)  # (…, Σ ranks)
+            out = out + F.linear(hidden.to(self.up.dtype), self.up)
+        weights = weights.to(out.dtype)
         if self.dense is not None:
             for row, expert in enumerate(layout.dense_experts):
                 out = out + weights[..., expert, None] * F.linear(x, self.dense[row])
@@ -123,42 +185,67 @@ class SmileLinear(nn.Linear):
             out = out + weights @ self.expert_bias.to(out.dtype)
         return out
 
-    def scores(self, x: Tensor) -> Tensor:
-        """Router scores ‖V_gateᵢᵀ x‖₂ of x (…, in): (…, T), in float32 or, for float64 input, float64."""
-        hidden = F.linear(x, self.down) if self.down is not None else None
-        return self._scores(x, hidden)
+    def _directions(self, x: Tensor, projected: Tensor | None) -> Tensor:
+        """x on the directions of all experts, expert after expert: (…, Σ ranks)."""
+        layout, rest = self.layout, None if self.down is None else F.linear(x, self.down)
+        if projected is None or not any(layout.shared_ranks):
+            assert rest is not None
+            return rest
+        if rest is None and layout.shared_ranks == layout.gate_ranks:
+            return projected
+        blocks = [_blocks(projected, layout.gate_ranks, layout.shared_ranks)]
+        if rest is not None:
+            blocks.append(_blocks(rest.to(projected.dtype), layout.down_rows, layout.down_rows))
+        return torch.cat([part for expert in zip(*blocks, strict=True) for part in expert], dim=-1)
 
-    def routing_weights(self, x: Tensor) -> Tensor:
-        """What each expert contributes to each token of x (…, in): (…, T), at most `top_k` of them not zero."""
-        hidden = F.linear(x, self.down) if self.down is not None else None
-        return self._weights(x, hidden)
-
-    def _scores(self, x: Tensor, hidden: Tensor | None) -> Tensor:
+    def _grouped(self, x: Tensor, out: Tensor, projected: Tensor) -> Tensor:
+        """Adds to `out` in place."""
         layout = self.layout
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        rows = self.down if layout.shared_router else self.gate
-        if rows is None:
-            return x.new_zeros(*x.shape[:-1], layout.num_experts, dtype=dtype)
-        if layout.shared_router and hidden is not None and hidden.dtype == dtype:
-            projected = hidden
-        else:  # a low-precision score sends tokens to the wrong expert
-            with torch.autocast(x.device.type, enabled=False):
-                projected = F.linear(x.to(dtype), rows.to(dtype))
-        sizes = layout.down_rows if layout.shared_router else layout.gate_ranks
-        return _norms(projected, sizes, layout.gate_ranks)
+        tokens, summed = x.reshape(-1, self.in_features), out.view(-1, self.out_features)
+        projected = projected.flatten(0, -2) if projected.ndim > 1 else projected[None]
+        chosen, share = self.chosen(self._scores(tokens, projected))  # (N, top_k)
+        order = chosen.flatten().argsort(stable=True)
+        counts = chosen.flatten().bincount(minlength=layout.num_experts).tolist()
+        for expert, mine in enumerate(order.split(counts)):
+            token = mine if layout.top_k == 1 else mine // layout.top_k
+            added = self._expert(expert, tokens, projected, token) if len(mine) else None
+            if added is not None:
+                added = added if layout.top_k == 1 else added * share.flatten()[mine, None].to(added.dtype)
+                summed.index_add_(0, token, added.to(out.dtype))
+        return out
 
-    def _weights(self, x: Tensor, hidden: Tensor | None) -> Tensor:
-        layout = self.layout
-        experts = layout.num_experts
-        if not any(layout.gate_ranks):
-            # one expert, or experts that changed the bias alone: nothing tells the tokens apart
+    def _expert(self, expert: int, tokens: Tensor, projected: Tensor, token: Tensor) -> Tensor | None:
+        """What one expert adds to some tokens: (n, out); None if nothing."""
+        layout, added = self.layout, None
+        rank, shared, own = layout.ranks[expert], layout.shared_ranks[expert], layout.down_rows[expert]
+        if self.dense is not None and rank == DENSE:
+            row = layout.dense_experts.index(expert)
+            added = F.linear(tokens.index_select(0, token), self.dense[row])
+        elif self.up is not None and rank > 0:
+            hidden = []
+            if shared:
+                start = sum(layout.gate_ranks[:expert])
+                hidden.append(projected[:, start : start + shared].index_select(0, token))
+            if self.down is not None and own:
+                start = sum(layout.down_rows[:expert])
+                hidden.append(F.linear(tokens.index_select(0, token), self.down[start : start + own]))
+            start = sum(layout.low_ranks[:expert])
+            joined = torch.cat(hidden, dim=-1) if len(hidden) > 1 else hidden[0]
+            added = F.linear(joined.to(self.up.dtype), self.up[:, start : start + rank])
+        if self.expert_bias is not None:
+            bias = self.expert_bias[expert]
+            return bias.expand(len(token), -1) if added is None else added + bias.to(added.dtype)
+        return added
+
+    def _weights(self, x: Tensor, projected: Tensor | None) -> Tensor:
+        """What each expert contributes to each token: (…, T), at most `top_k` of them not zero."""
+        experts = self.layout.num_experts
+        if projected is None:  # one expert, or changed biases alone: nothing tells the tokens apart
             return x.new_full((*x.shape[:-1], experts), 1 / experts)
-        scores = self._scores(x, hidden)
-        if layout.top_k >= experts:
+        scores = self._scores(x, projected)
+        if self.layout.top_k >= experts:
             return scores.softmax(dim=-1)
-        kept, chosen = scores.topk(layout.top_k, dim=-1)
-        # softmax over the kept scores equals softmax over all, top-k, renormalise
-        share = torch.ones_like(kept) if layout.top_k == 1 else kept.softmax(dim=-1)
+        chosen, share = self.chosen(scores)
         return torch.zeros_like(scores).scatter(-1, chosen, share)
 
     def extra_repr(self) -> str:
@@ -169,22 +256,15 @@ class SmileLinear(nn.Linear):
         )
 
 
-def _norms(projected: Tensor, sizes: Sequence[int], keep: Sequence[int]) -> Tensor:
-    """Per expert the norm of the first keep[i] of its sizes[i] columns: (…, Σ sizes) -> (…, T)."""
-    if _uniform(sizes) and _uniform(keep):
-        blocks = projected.unflatten(-1, (len(sizes), sizes[0]))
-        return torch.linalg.vector_norm(blocks[..., : keep[0]], dim=-1)
-    blocks = projected.split(list(sizes), dim=-1)
-    return torch.stack([torch.linalg.vector_norm(b[..., :g], dim=-1) for b, g in zip(blocks, keep, strict=True)], -1)
+def _blocks(columns: Tensor, sizes: Sequence[int], keep: Sequence[int]) -> list[Tensor]:
+    """Of each expert's sizes[i] columns the first keep[i]."""
+    return [block[..., :kept] for block, kept in zip(columns.split(list(sizes), dim=-1), keep, strict=True)]
 
 
-def _weigh(hidden: Tensor, sizes: Sequence[int], keep: Sequence[int], weights: Tensor) -> Tensor:
-    """The first keep[i] of each expert's columns times its weight: (…, Σ sizes), (…, T) -> (…, Σ keep)."""
-    if _uniform(sizes) and _uniform(keep):
-        blocks = hidden.unflatten(-1, (len(sizes), sizes[0]))
-        return (blocks[..., : keep[0]] * weights[..., None]).flatten(-2)
-    blocks = hidden.split(list(sizes), dim=-1)
-    return torch.cat([b[..., :k] * w for b, k, w in zip(blocks, keep, weights.split(1, -1), strict=True)], dim=-1)
+def _repeated(weights: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Each expert's weight for each of its columns: (…, T) -> (…, Σ sizes)."""
+    parts = [w.expand(*w.shape[:-1], size) for w, size in zip(weights.split(1, -1), sizes, strict=True)]
+    return torch.cat(parts, dim=-1)
 
 
 def _uniform(sizes: Sequence[int]) -> bool:

@@ -23,8 +23,8 @@ from .workers import in_parallel
 class ExpertPart:
     """What one expert adds to one layer; every tensor in the pretrained layer's dtype and device, None if not needed.
 
-    Shapes: down (rows, in), up (out, rank), gate (gate_rank, in), dense (out, in), bias (out,). `energy` is the part
-    of ‖ΔW‖² that the rank keeps.
+    Shapes: gate (gate_rank, in), down (the directions that are no router rows, in), up (out, rank), dense (out, in),
+    bias (out,). `energy` is the part of ‖ΔW‖² that the rank keeps.
     """
 
     rank: int
@@ -126,13 +126,14 @@ class Factorer:
 
         low_rank = factors is not None and layer.k != DENSE
         rank = min(layer.k, factors.rank) if factors and low_rank else 0
-        gate_rank = gate.rank if gate else min(gate_k, factors.rank) if factors else 0
+        router = gate or (factors.truncated(gate_k) if factors else None)
+        gate_rank = router.rank if router else 0
         return ExpertPart(
             rank=DENSE if dense is not None else rank,
             gate_rank=gate_rank,
-            down=stored(factors.down[: max(rank, 0 if gate else gate_rank)]) if factors else None,
+            gate=stored(router.down) if router else None,
+            down=stored(factors.down[0 if gate else min(gate_rank, rank) : rank]) if factors else None,
             up=stored(factors.up[:, :rank]) if factors and low_rank else None,
-            gate=stored(gate.down) if gate else None,
             dense=stored(dense),
             bias=bias,
             energy=change.energy,

@@ -215,6 +215,7 @@ def layout_of(parts: Sequence[ExpertPart], config: SmileConfig) -> SmileLayout:
         top_k=config.top_k,
         shared_router=config.routing_use_diff,
         expert_bias=any(part.bias is not None for part in parts),
+        execution=config.execution,
     )
 
 

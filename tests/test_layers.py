@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,9 +30,8 @@ def split(tensor: Tensor | None, sizes: tuple[int, ...], dim: int) -> list[Tenso
 def reference(layer: SmileLinear, x: Tensor) -> Tensor:
     """The formula of the paper, one token at a time, in float64."""
     layout, flat = layer.layout, x.reshape(-1, layer.in_features).double()
-    down = split(layer.down, layout.down_rows, 0)
+    gate, rest = split(layer.gate, layout.gate_ranks, 0), split(layer.down, layout.down_rows, 0)
     up = split(layer.up, layout.low_ranks, 1)
-    gate = down if layout.shared_router else split(layer.gate, layout.gate_ranks, 0)
     outputs = []
     for token in flat:
         scores = torch.stack(
@@ -52,7 +52,9 @@ def reference(layer: SmileLinear, x: Tensor) -> Tensor:
                 y = y + w * (layer.dense[layout.dense_experts.index(i)].double() @ token)
             elif layout.ranks[i] > 0:
                 k = layout.ranks[i]
-                y = y + w * (up[i].double() @ (down[i][:k].double() @ token))
+                own = [] if gate[i] is None or not layout.shared_router else [gate[i][:k]]
+                down = torch.cat([*own, *([] if rest[i] is None else [rest[i]])]).double()
+                y = y + w * (up[i].double() @ (down @ token))
             if layer.expert_bias is not None:
                 y = y + w * layer.expert_bias[i].double()
         outputs.append(y)
@@ -75,6 +77,7 @@ def layouts(draw) -> SmileLayout:
         top_k=draw(st.integers(1, experts)),
         shared_router=draw(st.booleans()),
         expert_bias=draw(st.booleans()),
+        execution=draw(st.sampled_from(["auto", "grouped", "masked"])),
     )
 
 
@@ -86,13 +89,26 @@ def test_forward_is_the_formula(layout, bias, leading):
     torch.testing.assert_close(layer(x), reference(layer, x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("execution", ["grouped", "masked"])
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_ties_and_one_expert_for_all_tokens(execution, top_k):
+    layout = SmileLayout(ranks=(3,) * 4, gate_ranks=(2,) * 4, top_k=top_k, expert_bias=True, execution=execution)
+    layer = random_layer(layout, 6, 5)
+    with torch.no_grad():
+        layer.gate[:2] *= 100  # expert 0 has all tokens
+        layer.gate[4:] = layer.gate[2:4].repeat(2, 1)  # the others tie
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), reference(layer, x), rtol=1e-12, atol=1e-12)
+
+
 UNIFORM = SmileLayout(ranks=(4, 4, 4), gate_ranks=(2, 2, 2), top_k=2, expert_bias=True)
 RAGGED = SmileLayout(ranks=(4, 0, 2), gate_ranks=(2, 0, 3), top_k=1)
 
 
+@pytest.mark.parametrize("execution", ["grouped", "masked"])
 @pytest.mark.parametrize("layout", [UNIFORM, RAGGED], ids=["uniform", "ragged"])
-def test_gradients(layout):
-    layer = random_layer(layout, 6, 5)
+def test_gradients(layout, execution):
+    layer = random_layer(replace(layout, execution=execution), 6, 5)
     x = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
     tensors = [x, *layer.parameters()]
     ours = torch.autograd.grad(layer(x).square().sum(), tensors, allow_unused=True)
@@ -109,7 +125,7 @@ def test_low_precision_routes_like_float32(dtype):
     layer = random_layer(layout, 64, 32, dtype=dtype)
     x = torch.randn(500, 64).to(dtype)
     exact = copy.deepcopy(layer).double()
-    same = (layer.routing_weights(x).argmax(-1) == exact.routing_weights(x.double()).argmax(-1)).double().mean()
+    same = (layer.scores(x).argmax(-1) == exact.scores(x.double()).argmax(-1)).double().mean()
     assert same == 1.0
     assert layer.scores(x).dtype == torch.float32
     assert layer(x).dtype == dtype
@@ -119,9 +135,9 @@ def test_scores_stay_float32_under_autocast():
     layer = random_layer(SmileLayout(ranks=(8,) * 6, gate_ranks=(4,) * 6), 64, 32, dtype=torch.float32)
     x = torch.randn(500, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = layer.routing_weights(x).argmax(-1)
+        inside = layer.scores(x).argmax(-1)
         assert layer(x).dtype == torch.bfloat16
-    assert torch.equal(inside, layer.routing_weights(x).argmax(-1))
+    assert torch.equal(inside, layer.scores(x).argmax(-1))
 
 
 def test_a_new_layer_is_the_pretrained_one():
@@ -140,11 +156,11 @@ def test_copies_compute_the_same(layout):
         assert torch.equal(copied(x), layer(x))
 
 
-def test_weights_sum_to_one_and_keep_top_k():
+def test_weights_sum_to_one():
     layer = random_layer(UNIFORM, 6, 5)
-    weights = layer.routing_weights(torch.randn(50, 6, dtype=torch.float64))
+    chosen, weights = layer.chosen(layer.scores(torch.randn(50, 6, dtype=torch.float64)))
+    assert chosen.shape == weights.shape == (50, 2)
     torch.testing.assert_close(weights.sum(-1), torch.ones(50, dtype=torch.float64))
-    assert ((weights > 0).sum(-1) == 2).all()
 
 
 def test_non_contiguous_input():

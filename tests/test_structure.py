@@ -27,7 +27,8 @@ ALLOWED = {
     "errors.py": set(),
     "factors.py": {"torch"},
     "layers.py": {"torch"},
-    "config.py": {"torch", "fusion_bench_smile.errors"},
+    "routing.py": {"torch", "fusion_bench_smile.layers"},
+    "config.py": {"torch", "fusion_bench_smile.errors", "fusion_bench_smile.layers"},
     "workers.py": {"torch"},
     "plan.py": {"torch", *(f"fusion_bench_smile.{name}" for name in ("errors", "config", "workers"))},
 }

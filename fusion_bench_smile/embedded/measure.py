@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import CLIPModel, CLIPProcessor, CLIPVisionModel
 
-from ..layers import SmileLinear
+from ..routing import record_routing
 from ..upscale import upscale
 from . import DATA, STRENGTHS, TASKS, Strength, load_expert, load_images, load_pretrained
 from .evaluate import Classifier, accuracy, to_pixels, zero_shot_head
@@ -52,21 +52,12 @@ def relative_deltas(pretrained: nn.Module, expert: nn.Module) -> pd.Series:
 @torch.no_grad()
 def router_accuracy(upscaled: nn.Module, split: str = "test", count: int = 200) -> pd.Series:
     """For each task, the share in percent of tokens, over all routed layers, whose top expert is the task's own."""
-    right: dict[str, list[float]] = {task: [] for task in TASKS}
-    task_number = 0
-
-    def look(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        choice = layer.scores(inputs[0]).argmax(-1)
-        right[TASKS[task_number]].append((choice == task_number).double().mean().item())
-
-    handles = [m.register_forward_pre_hook(look) for m in upscaled.modules() if isinstance(m, SmileLinear)]
-    try:
-        for task_number, task in enumerate(TASKS):  # noqa: B007  read by `look`
+    shares = {}
+    for number, task in enumerate(TASKS):
+        with record_routing(upscaled) as routing:
             upscaled(pixel_values=arrays(task, split)[0][:count])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return pd.Series({task: 100 * float(np.mean(shares)) for task, shares in right.items()})
+        shares[task] = 100 * np.mean([layer.loads[number].item() for layer in routing.values()])
+    return pd.Series(shares)
 
 
 def experts(strength: Strength) -> dict[str, CLIPVisionModel]:

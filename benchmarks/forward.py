@@ -1,0 +1,159 @@
+"""What routing costs: the routed layer against the plain one and against the framework's, as ratios.
+
+    python benchmarks/forward.py                     # layers of ViT-B/32 and 4096², and the whole vision tower
+    python benchmarks/forward.py --device cuda --dtype bfloat16
+
+Eight experts, gate_k=16, k=32, top_k=1, random weights; the framework's layer and ours are built from the same ones.
+The three take turns in one run; the figures are medians. The bound is what the arithmetic alone costs: the router's
+rows, the rank-k products of the tokens' own experts, over the plain layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from construction import delta, framework
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from fusion_bench_smile import upscale
+from fusion_bench_smile.layers import SmileLinear
+
+EXPERTS, GATE_K, K = 8, 16, 32
+VIT = ((768, 768), (3072, 768), (768, 3072))  # (out, in)
+
+
+def interleaved(
+    sides: Mapping[str, Callable[[], object]], device: torch.device, budget: float = 3.0
+) -> dict[str, float]:
+    """Median seconds of each side; they take turns, in alternating order, for `budget` seconds."""
+
+    def once(run: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for run in sides.values():
+        once(run)
+    end, turn = time.perf_counter() + budget, 0
+    while time.perf_counter() < end or turn < 5:
+        for name in sides if turn % 2 == 0 else reversed(sides):
+            times[name].append(once(sides[name]))
+        turn += 1
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def layers(out: int, in_: int) -> dict[str, nn.Module]:
+    """The plain layer, ours, and the framework's, of the same weights."""
+    generator = torch.Generator().manual_seed(0)
+    base = nn.Sequential(nn.Linear(in_, out))
+    experts = [copy.deepcopy(base) for _ in range(EXPERTS)]
+    for expert in experts:
+        with torch.no_grad():
+            expert[0].weight += delta((out, in_), generator)
+            expert[0].bias += 0.01 * torch.randn(out, generator=generator)
+    ours = upscale(base, experts, gate_k=GATE_K, k=K)
+    theirs = framework(copy.deepcopy(base), experts, full=False)
+    return {"plain": base, "ours": ours, "framework": theirs}
+
+
+def bound(out: int, in_: int) -> float:
+    return 1 + (EXPERTS * GATE_K * in_ + (K - GATE_K) * in_ + K * out) / (in_ * out)
+
+
+def activation_bytes(layer: nn.Module, x: Tensor) -> int:
+    """The largest amount of memory that a forward pass holds at once beyond its input, on the CPU or the GPU."""
+    if x.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(x.device)
+        before = torch.cuda.memory_allocated(x.device)
+        layer(x)
+        return torch.cuda.max_memory_allocated(x.device) - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        layer(x)
+    held = peak = 0
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def layer_rows(shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...], device: torch.device, dtype: torch.dtype):
+    built = {shape: {n: m.to(device, dtype) for n, m in layers(*shape).items()} for shape in shapes}
+    for count in tokens:
+        ratios = []
+        for (out, in_), models in built.items():
+            x = torch.randn(count, in_, device=device, dtype=dtype)
+            seconds = interleaved({name: partial(m, x) for name, m in models.items()}, device)
+            memory = {name: activation_bytes(m, x) / 1e6 for name, m in models.items()}
+            dense, faster = seconds["ours"] / seconds["plain"], seconds["framework"] / seconds["ours"]
+            ratios.append((dense, faster, bound(out, in_)))
+            milliseconds = ", ".join(f"{name} {value * 1e3:.2f}" for name, value in seconds.items())
+            extra = {name: memory[name] - memory["plain"] for name in ("ours", "framework")}
+            print(
+                f"| {count} | {out}×{in_} | {milliseconds} | {dense:.2f}× | {ratios[-1][2]:.2f}× | {faster:.2f}× | "
+                f"{extra['ours']:.1f}, {extra['framework']:.1f} |",
+                flush=True,
+            )
+        if len(shapes) > 1:
+            mean = [statistics.mean(column) for column in zip(*ratios, strict=True)]
+            print(f"| {count} | mean | | {mean[0]:.2f}× | {mean[2]:.2f}× | {mean[1]:.2f}× | |", flush=True)
+
+
+def tower_row(device: torch.device, dtype: torch.dtype, batch: int, depth: int) -> None:
+    torch.manual_seed(0)
+    base = CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=depth)).eval()
+    experts = [copy.deepcopy(base) for _ in range(EXPERTS)]
+    generator = torch.Generator().manual_seed(0)
+    for expert in experts:
+        for module in expert.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data += delta(tuple(module.weight.shape), generator)  # type: ignore[arg-type]
+    ours = upscale(base, experts, gate_k=GATE_K, k=K)
+    assert any(isinstance(m, SmileLinear) for m in ours.modules())
+    pixels = torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
+    models = {"plain": base.to(device, dtype), "ours": ours.to(device, dtype)}
+    seconds = interleaved({name: partial(m, pixels) for name, m in models.items()}, device, budget=20)
+    print(
+        f"\nViT-B/32 with {depth} layers, batch {batch}: plain {seconds['plain'] * 1e3:.0f} ms, ours "
+        f"{seconds['ours'] * 1e3:.0f} ms, {seconds['ours'] / seconds['plain']:.2f}× the plain model",
+        flush=True,
+    )
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--depth", type=int, default=12, help="layers of the whole tower (default: 12); 0 leaves it out"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    print(f"{name}, {options.dtype}, {options.threads} CPU threads, PyTorch {torch.__version__}\n")
+    print(
+        "| tokens | layer | ms | ours / plain | bound | faster than the framework's | MB beyond plain: ours, theirs |"
+    )
+    print("|---:|---|---|---:|---:|---:|---|")
+    layer_rows(VIT, (6304, 1600, 64), device, dtype)
+    layer_rows(((4096, 4096),), (1,), device, dtype)
+    if options.depth:
+        tower_row(device, dtype, 32, options.depth)
+
+
+if __name__ == "__main__":
+    main()
