@@ -140,10 +140,11 @@ class SmileLinear(nn.Linear):
             return layout.execution == "grouped" and layout.top_k < layout.num_experts
         if x.device.type != "cpu" or torch.compiler.is_compiling() or layout.top_k >= layout.num_experts:
             return False
+        tokens = x.numel() // self.in_features
         dense = len(layout.dense_experts) * self.in_features * self.out_features
         low = sum(layout.down_rows) * self.in_features + sum(layout.low_ranks) * self.out_features
-        saved = (dense + low) * (1 - layout.top_k / layout.num_experts) * x.numel() / self.in_features
-        return saved > SAVED_FROM * layout.num_experts
+        saved = (dense + low) * (1 - layout.top_k / layout.num_experts) * tokens
+        return saved > SAVED_FROM * min(layout.num_experts, tokens * layout.top_k)
 
     def scores(self, x: Tensor) -> Tensor:
         """Router scores ‖V_gateᵢᵀ x‖₂ of x (…, in): (…, T), in float32 or, for float64 input, float64."""
@@ -175,7 +176,7 @@ class SmileLinear(nn.Linear):
         layout = self.layout
         weights = self._weights(x, projected)  # (…, T)
         if self.up is not None:
-            hidden = self._directions(x, projected) * _repeated(weights, layout.low_ranks)  # (…, Σ ranks)
+            hidden = self._weighted_directions(x, projected, weights)
             out = out + F.linear(hidden.to(self.up.dtype), self.up)
         weights = weights.to(out.dtype)
         if self.dense is not None:
@@ -185,18 +186,19 @@ class SmileLinear(nn.Linear):
             out = out + weights @ self.expert_bias.to(out.dtype)
         return out
 
-    def _directions(self, x: Tensor, projected: Tensor | None) -> Tensor:
-        """x on the directions of all experts, expert after expert: (…, Σ ranks)."""
-        layout, rest = self.layout, None if self.down is None else F.linear(x, self.down)
-        if projected is None or not any(layout.shared_ranks):
-            assert rest is not None
-            return rest
-        if rest is None and layout.shared_ranks == layout.gate_ranks:
-            return projected
-        blocks = [_blocks(projected, layout.gate_ranks, layout.shared_ranks)]
-        if rest is not None:
-            blocks.append(_blocks(rest.to(projected.dtype), layout.down_rows, layout.down_rows))
-        return torch.cat([part for expert in zip(*blocks, strict=True) for part in expert], dim=-1)
+    def _weighted_directions(self, x: Tensor, projected: Tensor | None, weights: Tensor) -> Tensor:
+        """x on the directions of all experts, times the experts' weights (…, T): (…, Σ ranks)."""
+        layout, parts = self.layout, []
+        if projected is not None and any(layout.shared_ranks):
+            parts.append((projected, layout.gate_ranks, layout.shared_ranks))
+        if self.down is not None:
+            parts.append((F.linear(x, self.down), layout.down_rows, layout.down_rows))
+        if all(_uniform(sizes) for _, *both in parts for sizes in both):
+            blocks = [p.unflatten(-1, (len(sizes), sizes[0]))[..., : keep[0]] for p, sizes, keep in parts]
+            return (torch.cat(blocks, dim=-1) * weights[..., None]).flatten(-2)
+        split = [_blocks(*part) for part in parts]
+        each = zip(weights.split(1, -1), *split, strict=True)
+        return torch.cat([block * weight for weight, *of_expert in each for block in of_expert], dim=-1)
 
     def _grouped(self, x: Tensor, out: Tensor, projected: Tensor) -> Tensor:
         """Adds to `out` in place."""
@@ -259,12 +261,6 @@ class SmileLinear(nn.Linear):
 def _blocks(columns: Tensor, sizes: Sequence[int], keep: Sequence[int]) -> list[Tensor]:
     """Of each expert's sizes[i] columns the first keep[i]."""
     return [block[..., :kept] for block, kept in zip(columns.split(list(sizes), dim=-1), keep, strict=True)]
-
-
-def _repeated(weights: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Each expert's weight for each of its columns: (…, T) -> (…, Σ sizes)."""
-    parts = [w.expand(*w.shape[:-1], size) for w, size in zip(weights.split(1, -1), sizes, strict=True)]
-    return torch.cat(parts, dim=-1)
 
 
 def _uniform(sizes: Sequence[int]) -> bool:
