@@ -34,7 +34,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .config import SmileConfig
 from .errors import CheckpointError
-from .layers import SmileLayout, SmileLinear
+from .kin import routed_class
+from .layers import Routed, SmileLayout
 
 log = logging.getLogger(__name__)
 
@@ -93,13 +94,13 @@ class SmileLoader(HfQuantizer):
         section = cast(SmileSection, self.quantization_config)
         for name, layout in section.layouts.items():
             try:
-                plain = cast(nn.Linear, model.get_submodule(name))
+                plain = model.get_submodule(name)
             except AttributeError:
                 wanted = ", ".join(model.config.architectures or ["the class it was saved from"])
                 raise CheckpointError(
                     f"{type(model).__name__} has no layer {name}; load this checkpoint with {wanted}"
                 ) from None
-            model.set_submodule(name, empty_layer(plain, layout))
+            model.set_submodule(name, routed_class(plain).around(plain, layout))
         folder = Path(getattr(model.config, "_name_or_path", "") or "")
         if folder.is_dir():
             check_tensors(folder, _required_shapes(model))
@@ -131,17 +132,9 @@ AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = SmileSection
 AUTO_QUANTIZER_MAPPING[METHOD] = SmileLoader
 
 
-def empty_layer(plain: nn.Linear, layout: SmileLayout) -> SmileLinear:
-    """A routed layer around `plain`'s own weight and bias, its experts all zero."""
-    options: dict[str, Any] = {"device": plain.weight.device, "dtype": plain.weight.dtype}
-    layer = SmileLinear(plain.in_features, plain.out_features, plain.bias is not None, layout, **options)
-    layer.weight, layer.bias = plain.weight, plain.bias
-    return layer.train(plain.training)
-
-
 def describe(model: nn.Module, config: SmileConfig, experts: tuple[str, ...]) -> None:
     """Write down in an upscaled model what it is, so that saving it needs nothing else."""
-    layers = {n: m.layout.to_dict() for n, m in model.named_modules() if isinstance(m, SmileLinear)}
+    layers = {n: m.layout.to_dict() for n, m in model.named_modules() if isinstance(m, Routed)}
     section = make_section(layers, config, experts)
     if isinstance(model, PreTrainedModel):
         model.config.quantization_config = section
@@ -218,7 +211,8 @@ def load(path: str | os.PathLike[str], pretrained: nn.Module | None = None) -> n
         raise CheckpointError(f"{folder} holds no transformers model: give the pretrained model it was built from")
     model = deepcopy(pretrained)
     for layer, layout in section.layouts.items():
-        model.set_submodule(layer, empty_layer(cast(nn.Linear, model.get_submodule(layer)), layout))
+        plain = model.get_submodule(layer)
+        model.set_submodule(layer, routed_class(plain).around(plain, layout))
     check_tensors(folder, {name: tuple(tensor.shape) for name, tensor in model.named_parameters()})
     load_safetensors(model, folder / "model.safetensors")
     model.smile_section = section  # type: ignore[assignment]

@@ -24,6 +24,7 @@ class SmileConfig:
         routing_use_diff: route on the deltas Wᵢ − W₀ (True) or on the fine-tuned weights Wᵢ (False).
         average_experts: average the parameters outside the upscaled layers over the experts instead of keeping the
             pretrained ones.
+        convolutions: upscale `torch.nn.Conv2d` too, except those in groups.
         target_modules: name patterns (``fnmatch``) of the linear layers to upscale; None upscales all.
         exclude_modules: name patterns of linear layers to leave as pretrained.
         execution: how the routed layers are computed: ``"auto"``, ``"grouped"`` or ``"masked"``; see `layers`.
@@ -41,6 +42,7 @@ class SmileConfig:
     top_k: int = 1
     routing_use_diff: bool = True
     average_experts: bool = False
+    convolutions: bool = False
     target_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] = field(default=())
     execution: Execution = "auto"
@@ -53,7 +55,7 @@ class SmileConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ConfigError(f"{name}={value!r} is not a whole number")
-        for name in ("routing_use_diff", "average_experts", "full_matrices"):
+        for name in ("routing_use_diff", "average_experts", "convolutions", "full_matrices"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not true or false")
         if self.gate_k < 1:

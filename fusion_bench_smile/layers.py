@@ -1,4 +1,4 @@
-"""SmileLinear: a linear layer with a router and low-rank experts beside it. Imports torch alone.
+"""Routed layers: a linear layer, and its kin, with a router and low-rank experts beside it. Imports torch alone.
 
 Two ways to compute the same thing:
 
@@ -10,6 +10,7 @@ Two ways to compute the same thing:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ class SmileLayout:
         top_k: experts kept for each token.
         shared_router: the router rows are an expert's own leading directions; otherwise they are others.
         expert_bias: some expert changed the bias.
-        execution: how the layer is computed; see `SmileLinear.grouped_pays`.
+        execution: how the layer is computed; see `Routed.grouped_pays`.
     """
 
     ranks: tuple[int, ...]
@@ -76,54 +77,70 @@ class SmileLayout:
         return cls(**plain)
 
 
-class SmileLinear(nn.Linear):
+class Routed(nn.Module):
     """y = W₀x + b₀ + Σᵢ wᵢ(x)·(ΔWᵢ x + Δbᵢ), with wᵢ from the router (arXiv 2408.10174, section 4).
 
-    `weight` (out, in) and `bias` (out,) are the pretrained ones under their old names. Beside them, each only where it
-    is needed, and expert after expert:
+    A routed layer is the plain layer of its kind, with the same settings, the same `weight` and `bias` under their old
+    names, and beside them, each only where it is needed, and expert after expert:
 
     - `gate` (Σ gate_ranks, in): the router rows; with a shared router each expert's leading right singular vectors;
     - `down` (Σ down_rows, in): the right singular vectors that are no router rows;
     - `up` (out, Σ ranks): the left singular vectors times the singular values;
     - `dense` (D, out, in): the deltas of the dense experts;
     - `expert_bias` (T, out): the bias deltas.
+
+    out and in are the sides of the weight as a matrix (`matrix`); a token is what that matrix maps.
     """
 
+    layout: SmileLayout
+    weight: Tensor
     gate: Tensor | None
     down: Tensor | None
     up: Tensor | None
     dense: Tensor | None
     expert_bias: Tensor | None
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        layout: SmileLayout,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+    @classmethod
+    def around(cls, plain: nn.Module, layout: SmileLayout, device: torch.device | str | None = None) -> Routed:
+        """A routed layer with `plain`'s own parameters and settings; its experts are zero, so it computes the same.
+
+        Args:
+            device: of the routed parameters; None puts them where `plain` is.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.__dict__.update({key: copy(value) for key, value in plain.__dict__.items()})
+        layer.add_experts(layout, device)
+        return layer
+
+    def add_experts(self, layout: SmileLayout, device: torch.device | str | None = None) -> None:
+        """Register the routed parameters, all zero."""
         self.layout = layout
+        out, columns = self.matrix(self.weight).shape
         shapes = {
-            "gate": (sum(layout.gate_ranks), in_features),
-            "down": (sum(layout.down_rows), in_features),
-            "up": (out_features, sum(layout.low_ranks)),
-            "dense": (len(layout.dense_experts), out_features, in_features),
-            "expert_bias": (layout.num_experts if layout.expert_bias else 0, out_features),
+            "gate": (sum(layout.gate_ranks), columns),
+            "down": (sum(layout.down_rows), columns),
+            "up": (out, sum(layout.low_ranks)),
+            "dense": (len(layout.dense_experts), out, columns),
+            "expert_bias": (layout.num_experts if layout.expert_bias else 0, out),
         }
+        device = device or self.weight.device
         for name, shape in shapes.items():
             empty = 0 in shape
-            # zeros, not empty: a new layer computes what the pretrained one does
-            self.register_parameter(
-                name, None if empty else nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
-            )
+            value = None if empty else nn.Parameter(torch.zeros(shape, device=device, dtype=self.weight.dtype))
+            self.register_parameter(name, value)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (…, in) to (…, out)."""
-        out = F.linear(x, self.weight, self.bias)
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
+        """The weight as a matrix (out, in)."""
+        return weight
+
+    def project(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Every token of x times rows (r, in): (…, r)."""
+        return F.linear(x, rows)
+
+    def route(self, x: Tensor, out: Tensor) -> Tensor:
+        """What the plain layer gives (…, out), with the experts' part added."""
         projected = self._projected(x)
         if projected is not None and self.grouped_pays(x):
             return self._grouped(x, out, projected)
@@ -140,15 +157,23 @@ class SmileLinear(nn.Linear):
             return layout.execution == "grouped" and layout.top_k < layout.num_experts
         if x.device.type != "cpu" or torch.compiler.is_compiling() or layout.top_k >= layout.num_experts:
             return False
-        tokens = x.numel() // self.in_features
-        dense = len(layout.dense_experts) * self.in_features * self.out_features
-        low = sum(layout.down_rows) * self.in_features + sum(layout.low_ranks) * self.out_features
+        out, columns = self.matrix(self.weight).shape
+        tokens = x.numel() // columns
+        dense = len(layout.dense_experts) * columns * out
+        low = sum(layout.down_rows) * columns + sum(layout.low_ranks) * out
         saved = (dense + low) * (1 - layout.top_k / layout.num_experts) * tokens
         return saved > SAVED_FROM * min(layout.num_experts, tokens * layout.top_k)
 
     def scores(self, x: Tensor) -> Tensor:
-        """Router scores ‖V_gateᵢᵀ x‖₂ of x (…, in): (…, T), in float32 or, for float64 input, float64."""
-        return self._scores(x, self._projected(x))
+        """Router scores ‖V_gateᵢᵀ x‖₂ of every token of x: (…, T), in float32 or, for float64 input, float64.
+
+        Raises:
+            ValueError: if the layer has no router: it has one expert, or only biases were changed.
+        """
+        projected = self._projected(x)
+        if projected is None:
+            raise ValueError("this layer has no router: one expert, or only biases were changed")
+        return self._scores(projected)
 
     def chosen(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Which experts serve tokens with these scores (…, T), and with what weights: both (…, top_k)."""
@@ -162,26 +187,24 @@ class SmileLinear(nn.Linear):
             return None
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.gate.to(dtype))
+            return self.project(x.to(dtype), self.gate.to(dtype))
 
-    def _scores(self, x: Tensor, projected: Tensor | None) -> Tensor:
+    def _scores(self, projected: Tensor) -> Tensor:
         gate_ranks = self.layout.gate_ranks
-        if projected is None:
-            return x.new_zeros(*x.shape[:-1], len(gate_ranks), dtype=torch.promote_types(x.dtype, torch.float32))
         if _uniform(gate_ranks):
             return torch.linalg.vector_norm(projected.unflatten(-1, (len(gate_ranks), gate_ranks[0])), dim=-1)
         return torch.stack([torch.linalg.vector_norm(p, dim=-1) for p in projected.split(list(gate_ranks), -1)], -1)
 
     def _masked(self, x: Tensor, out: Tensor, projected: Tensor | None) -> Tensor:
         layout = self.layout
-        weights = self._weights(x, projected)  # (…, T)
+        weights = self._weights(out, projected)  # (…, T)
         if self.up is not None:
             hidden = self._weighted_directions(x, projected, weights)
             out = out + F.linear(hidden.to(self.up.dtype), self.up)
         weights = weights.to(out.dtype)
         if self.dense is not None:
             for row, expert in enumerate(layout.dense_experts):
-                out = out + weights[..., expert, None] * F.linear(x, self.dense[row])
+                out = out + weights[..., expert, None] * self.project(x, self.dense[row])
         if self.expert_bias is not None:
             out = out + weights @ self.expert_bias.to(out.dtype)
         return out
@@ -192,7 +215,7 @@ class SmileLinear(nn.Linear):
         if projected is not None and any(layout.shared_ranks):
             parts.append((projected, layout.gate_ranks, layout.shared_ranks))
         if self.down is not None:
-            parts.append((F.linear(x, self.down), layout.down_rows, layout.down_rows))
+            parts.append((self.project(x, self.down), layout.down_rows, layout.down_rows))
         if all(_uniform(sizes) for _, *both in parts for sizes in both):
             blocks = [p.unflatten(-1, (len(sizes), sizes[0]))[..., : keep[0]] for p, sizes, keep in parts]
             return (torch.cat(blocks, dim=-1) * weights[..., None]).flatten(-2)
@@ -203,9 +226,9 @@ class SmileLinear(nn.Linear):
     def _grouped(self, x: Tensor, out: Tensor, projected: Tensor) -> Tensor:
         """Adds to `out` in place."""
         layout = self.layout
-        tokens, summed = x.reshape(-1, self.in_features), out.view(-1, self.out_features)
+        tokens, summed = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
         projected = projected.flatten(0, -2) if projected.ndim > 1 else projected[None]
-        chosen, share = self.chosen(self._scores(tokens, projected))  # (N, top_k)
+        chosen, share = self.chosen(self._scores(projected))  # (N, top_k)
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=layout.num_experts).tolist()
         for expert, mine in enumerate(order.split(counts)):
@@ -239,12 +262,12 @@ class SmileLinear(nn.Linear):
             return bias.expand(len(token), -1) if added is None else added + bias.to(added.dtype)
         return added
 
-    def _weights(self, x: Tensor, projected: Tensor | None) -> Tensor:
+    def _weights(self, out: Tensor, projected: Tensor | None) -> Tensor:
         """What each expert contributes to each token: (…, T), at most `top_k` of them not zero."""
         experts = self.layout.num_experts
         if projected is None:  # one expert, or changed biases alone: nothing tells the tokens apart
-            return x.new_full((*x.shape[:-1], experts), 1 / experts)
-        scores = self._scores(x, projected)
+            return out.new_full((*out.shape[:-1], experts), 1 / experts)
+        scores = self._scores(projected)
         if self.layout.top_k >= experts:
             return scores.softmax(dim=-1)
         chosen, share = self.chosen(scores)
@@ -256,6 +279,52 @@ class SmileLinear(nn.Linear):
             f"{super().extra_repr()}, experts={layout.num_experts}, top_k={layout.top_k}, "
             f"ranks={_short(layout.ranks)}, gate_ranks={_short(layout.gate_ranks)}"
         )
+
+
+class SmileLinear(Routed, nn.Linear):
+    """A routed `torch.nn.Linear`; see `Routed`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        layout: SmileLayout,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
+        self.add_experts(layout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, in) to (…, out)."""
+        return self.route(x, F.linear(x, self.weight, self.bias))
+
+
+class SmileConv2d(Routed, nn.Conv2d):
+    """A routed `torch.nn.Conv2d`, with its own settings; every output position is a token, routed by its patch.
+
+    A rank-k expert is a convolution to k channels and one of size 1 from there. See `Routed`.
+    """
+
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def project(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Every patch of x (…, C, H, W) times rows (r, C·kh·kw): (…, H', W', r)."""
+        kernel = rows.unflatten(1, self.weight.shape[1:])
+        return self._conv_forward(x, kernel, None).movedim(-3, -1)
+
+    def grouped_pays(self, x: Tensor) -> bool:
+        """Never: patches overlap, and gathering them would copy each pixel many times."""
+        return False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, C, H, W) to (…, out, H', W')."""
+        plain = self._conv_forward(x, self.weight, self.bias)
+        return self.route(x, plain.movedim(-3, -1)).movedim(-1, -3)
 
 
 def _blocks(columns: Tensor, sizes: Sequence[int], keep: Sequence[int]) -> list[Tensor]:

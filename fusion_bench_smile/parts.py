@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .config import SmileConfig
 from .factors import Factors, low_rank_svd, truncated_svd
+from .kin import routed_class
 from .layers import DENSE
 from .plan import LayerPlan, check_finite
 from .sources import Source
@@ -47,18 +48,23 @@ class ExpertPart:
 
 @dataclass
 class Base:
-    """One layer of the pretrained model: its tensors, and the weight's digest once a store asked for it."""
+    """One layer of the pretrained model: its tensors, and the weight's digest once a store asked for it.
+
+    Attributes:
+        weight: as a matrix (out, in).
+        matrix: what makes such a matrix of a weight.
+    """
 
     weight: Tensor
     bias: Tensor | None
+    matrix: Callable[[Tensor], Tensor]
     digest: str | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, layer: str) -> Base:
-        linear = model.get_submodule(layer)
-        return cls(
-            cast(Tensor, linear.weight).detach(), None if linear.bias is None else cast(Tensor, linear.bias).detach()
-        )
+    def of(cls, layer: nn.Module, weight: Tensor, bias: Tensor | None) -> Base:
+        """Of a layer's kind, with these tensors."""
+        matrix = routed_class(layer).matrix
+        return cls(matrix(weight.detach()), None if bias is None else bias.detach(), matrix)
 
     def hash(self) -> str:
         if self.digest is None:
@@ -147,7 +153,7 @@ class Factorer:
                 return self._factored_change(self._counted(pair, name, label), needed, layer.k)
         if expert.is_base(name) and not own_gate:
             return Change()
-        tuned = self._read(expert, name, label)
+        tuned = base.matrix(self._read(expert, name, label))
         dtype = torch.promote_types(torch.promote_types(tuned.dtype, base.weight.dtype), torch.float32)
         weight, start = (tensor.to(self.config.compute_device, dtype) for tensor in (tuned, base.weight))
         change = Change()

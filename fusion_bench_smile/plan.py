@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from .config import SmileConfig
 from .errors import ConfigError, PlanError
+from .kin import plain_kind, routed_class
 from .workers import workers_for
 
 log = logging.getLogger(__name__)
@@ -119,7 +121,7 @@ def make_plan(pretrained: nn.Module, num_experts: int, config: SmileConfig) -> P
     chosen = dict(_chosen_layers(pretrained, config))
     if not chosen:
         raise PlanError(_nothing_to_upscale(pretrained, config))
-    largest = max(min(layer.in_features, layer.out_features) for layer in chosen.values())
+    largest = max(min(_sides(layer)) for layer in chosen.values())
     for option in ("gate_k", "k"):
         value = getattr(config, option)
         if value > largest:
@@ -127,7 +129,7 @@ def make_plan(pretrained: nn.Module, num_experts: int, config: SmileConfig) -> P
     layers = tuple(_plan_layer(name, layer, config) for name, layer in chosen.items())
     _log_caps(layers, config)
     tensors = {name: tensor.shape for name, tensor in pretrained.state_dict().items()}
-    kept = tuple(n for n, m in pretrained.named_modules() if isinstance(m, nn.Linear) and n not in chosen)
+    kept = tuple(name for name, _ in _layers(pretrained, config) if name not in chosen)
     parameters = sum(parameter.numel() for parameter in pretrained.parameters())
     return Plan(layers, num_experts, tensors, _rest(pretrained, chosen), kept, parameters)
 
@@ -180,18 +182,26 @@ def check_finite(tensor: Tensor, name: str, label: str) -> None:
         raise PlanError(f"{label} holds {kind} in {name}; it was not saved or trained correctly")
 
 
-def _chosen_layers(model: nn.Module, config: SmileConfig) -> Iterator[tuple[str, nn.Linear]]:
+def _layers(model: nn.Module, config: SmileConfig) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer of a kind that the options allow; convolutions in groups are no single matrix."""
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
+        kind = plain_kind(module)
+        convolution = isinstance(module, nn.Conv2d)
+        if kind and (not convolution or (config.convolutions and module.groups == 1)):
+            yield name, module
+
+
+def _chosen_layers(model: nn.Module, config: SmileConfig) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in _layers(model, config):
         targeted = config.target_modules is None or any(fnmatchcase(name, p) for p in config.target_modules)
         excluded = any(fnmatchcase(name, p) for p in config.exclude_modules)
         if not targeted or excluded:
             continue
-        if type(module).forward is not nn.Linear.forward:
+        kind = plain_kind(module)
+        if type(module).forward is not kind.forward:  # type: ignore[union-attr]
             raise PlanError(
-                f"{name} is a {type(module).__name__}, which computes more than torch.nn.Linear does; "
-                f"leave it out with exclude_modules=['{name}'], or start from a model with plain linear layers"
+                f"{name} is a {type(module).__name__}, which computes more than {kind.__name__} does; "  # type: ignore[union-attr]
+                f"leave it out with exclude_modules=['{name}'], or start from a model with plain layers"
             )
         bypass = _bypassed_by(model, name)
         if bypass:
@@ -203,10 +213,10 @@ def _chosen_layers(model: nn.Module, config: SmileConfig) -> Iterator[tuple[str,
 
 
 def _check_patterns(model: nn.Module, config: SmileConfig) -> None:
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    known = [name for name, _ in _layers(model, config)]
     for pattern in (*(config.target_modules or ()), *config.exclude_modules):
-        if not any(fnmatchcase(name, pattern) for name in linear):
-            near = difflib.get_close_matches(pattern, linear, n=1, cutoff=0.3)
+        if not any(fnmatchcase(name, pattern) for name in known):
+            near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.3)
             hint = f"; a linear layer is called {near[0]}" if near else ""
             raise ConfigError(f"the module pattern {pattern!r} matches no linear layer of this model{hint}")
 
@@ -222,17 +232,26 @@ def _bypassed_by(model: nn.Module, name: str) -> str | None:
 
 
 def _nothing_to_upscale(model: nn.Module, config: SmileConfig) -> str:
-    linear = sum(isinstance(module, nn.Linear) for module in model.modules())
-    if not linear:
-        return f"{type(model).__name__} has no linear layer to upscale"
-    return f"target_modules and exclude_modules leave none of the {linear} linear layers of {type(model).__name__}"
+    count = len(list(_layers(model, config)))
+    if count:
+        return f"target_modules and exclude_modules leave none of the {count} linear layers of {type(model).__name__}"
+    some = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    hint = "; convolutions=true upscales its convolutions" if some and not config.convolutions else ""
+    return f"{type(model).__name__} has no linear layer to upscale{hint}"
 
 
-def _plan_layer(name: str, layer: nn.Linear, config: SmileConfig) -> LayerPlan:
-    largest = min(layer.in_features, layer.out_features)
+def _sides(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a layer's weight as a matrix."""
+    out, columns = routed_class(layer).matrix(cast(Tensor, layer.weight)).shape
+    return out, columns
+
+
+def _plan_layer(name: str, layer: nn.Module, config: SmileConfig) -> LayerPlan:
+    out, columns = _sides(layer)
+    largest = min(out, columns)
     return LayerPlan(
-        name, layer.in_features, layer.out_features, min(config.k, largest), min(config.gate_k, largest),
-        layer.bias is not None, layer.weight.element_size(),
+        name, columns, out, min(config.k, largest), min(config.gate_k, largest),
+        layer.bias is not None, cast(Tensor, layer.weight).element_size(),
     )  # fmt: skip
 
 
@@ -246,7 +265,7 @@ def _log_caps(layers: tuple[LayerPlan, ...], config: SmileConfig) -> None:
             )  # fmt: skip
 
 
-def _rest(model: nn.Module, chosen: dict[str, nn.Linear]) -> tuple[str, ...]:
+def _rest(model: nn.Module, chosen: dict[str, nn.Module]) -> tuple[str, ...]:
     """State-dict names of the tensors in no upscaled layer, also not by being tied to one."""
     inside: set[int] = {id(p) for layer in chosen.values() for p in layer.parameters()}
     tensors: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))

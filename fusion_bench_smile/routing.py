@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import SmileLinear
+from .layers import Routed
 
 
 @dataclass
@@ -50,7 +50,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, LayerRouting]]:
         ...     model(pixel_values=images)
         >>> routing["vision_model.encoder.layers.0.mlp.fc1"].loads
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, SmileLinear) and m.gate is not None}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Routed) and m.gate is not None}
     record = {name: LayerRouting() for name in layers}
     handles = [
         layer.register_forward_pre_hook(partial(_look, record[name]), with_kwargs=True)
@@ -64,7 +64,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, LayerRouting]]:
 
 
 @torch.no_grad()
-def _look(seen: LayerRouting, layer: SmileLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _look(seen: LayerRouting, layer: Routed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     x = args[0] if args else kwargs["x"]
     scores = layer.scores(x)
     choices, weights = layer.chosen(scores)

@@ -116,7 +116,7 @@ def _tensors(
         yield stored(f"{layer.name}.weight"), weight
         if bias is not None:
             yield f"{layer.name}.bias", bias
-        yield from _routed(layer, Base(weight, bias), experts, factorer, layers)
+        yield from _routed(layer, Base.of(model.get_submodule(layer.name), weight, bias), experts, factorer, layers)
 
 
 def _routed(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .checkpoint import describe
 from .config import SmileConfig
 from .errors import PlanError
-from .layers import SmileLayout, SmileLinear
+from .kin import routed_class
+from .layers import Routed, SmileLayout
 from .parts import Base, ExpertPart, Factorer, Job
 from .plan import Plan, check_expert, check_finite, make_plan
 from .sharing import Share
@@ -42,7 +43,7 @@ def upscale(
 ) -> nn.Module:
     """Upscale a pretrained model and its experts into one routed model (arXiv 2408.10174, section 4).
 
-    Needs no data and no training. Every linear layer that an expert changed becomes a `SmileLinear`; the others, and
+    Needs no data and no training. Every linear layer that an expert changed becomes a routed one; the others, and
     all other parameters, stay the pretrained ones (or are averaged, with ``average_experts``).
 
     Args:
@@ -113,7 +114,8 @@ def _take_in(
     base = StateSource(pretrained.state_dict())
     aliases = tied_names(pretrained)
     opened = open_all(plan, experts, base, aliases)
-    bases = {layer.name: Base.of(pretrained, layer.name) for layer in plan.layers}
+    modules = {layer.name: cast(nn.Linear, pretrained.get_submodule(layer.name)) for layer in plan.layers}
+    bases = {name: Base.of(module, module.weight, module.bias) for name, module in modules.items()}
     takes = share.takes([layer.work for _ in experts for layer in plan.layers])
     own, done = iter(takes), 0
     for number, (name, expert) in enumerate(experts.items()):
@@ -181,14 +183,14 @@ def _replace_layers(
     model: nn.Module, plan: Plan, taken: Taken, share: Share, config: SmileConfig
 ) -> dict[str, list[float]]:
     """Put the routed layers into `model`; returns the energy that each expert of each changed layer keeps."""
-    replaced: dict[nn.Module, SmileLinear] = {}
+    replaced: dict[nn.Module, Routed] = {}
     energies = {}
     for planned in plan.layers:
-        layer = cast(nn.Linear, model.get_submodule(planned.name))
+        layer = model.get_submodule(planned.name)
         together: dict[int, ExpertPart] = {}
         for parts in share.exchange(taken.parts.pop(planned.name, {})):
             together |= parts
-        ordered = [together[number].to(layer.weight.device) for number in sorted(together)]
+        ordered = [together[number].to(cast(Tensor, layer.weight).device) for number in sorted(together)]
         if not all(part.changes_nothing for part in ordered):
             replaced[layer] = build_layer(layer, ordered, config)
             energies[planned.name] = [part.energy for part in ordered]
@@ -198,14 +200,12 @@ def _replace_layers(
     return energies
 
 
-def build_layer(base: nn.Linear, parts: Sequence[ExpertPart], config: SmileConfig) -> SmileLinear:
+def build_layer(base: nn.Module, parts: Sequence[ExpertPart], config: SmileConfig) -> Routed:
     """A routed layer around the pretrained one, from the experts' parts."""
-    layout = layout_of(parts, config)
-    layer = SmileLinear(base.in_features, base.out_features, base.bias is not None, layout, device="meta")
-    layer.weight, layer.bias = base.weight, base.bias
-    for name, value in added_tensors(parts, base.out_features).items():
-        setattr(layer, name, nn.Parameter(value, requires_grad=base.weight.requires_grad))
-    return layer.train(base.training)
+    layer = routed_class(base).around(base, layout_of(parts, config), device="meta")
+    for name, value in added_tensors(parts, len(layer.matrix(layer.weight))).items():
+        setattr(layer, name, nn.Parameter(value, requires_grad=layer.weight.requires_grad))
+    return layer
 
 
 def layout_of(parts: Sequence[ExpertPart], config: SmileConfig) -> SmileLayout:
@@ -220,7 +220,7 @@ def layout_of(parts: Sequence[ExpertPart], config: SmileConfig) -> SmileLayout:
 
 
 def added_tensors(parts: Sequence[ExpertPart], out_features: int) -> dict[str, Tensor]:
-    """What a `SmileLinear` holds beside weight and bias, each name only where it is needed."""
+    """What a routed layer holds beside weight and bias, each name only where it is needed."""
     values = {
         "down": _joined([part.down for part in parts], dim=0),
         "up": _joined([part.up for part in parts], dim=1),

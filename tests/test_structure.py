@@ -30,7 +30,7 @@ ALLOWED = {
     "routing.py": {"torch", "fusion_bench_smile.layers"},
     "config.py": {"torch", "fusion_bench_smile.errors", "fusion_bench_smile.layers"},
     "workers.py": {"torch"},
-    "plan.py": {"torch", *(f"fusion_bench_smile.{name}" for name in ("errors", "config", "workers"))},
+    "plan.py": {"torch", *(f"fusion_bench_smile.{name}" for name in ("errors", "config", "kin", "workers"))},
 }
 
 
