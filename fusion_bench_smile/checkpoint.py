@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from enum import Enum
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+import transformers
 from safetensors.torch import load_model as load_safetensors
 from safetensors.torch import save_model as save_safetensors
 from torch import nn
@@ -33,9 +33,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .config import SmileConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, PlanError
 from .kin import routed_class
 from .layers import Routed, SmileLayout
+from .sources import FilesSource
 
 log = logging.getLogger(__name__)
 
@@ -199,14 +200,8 @@ def load(path: str | os.PathLike[str], pretrained: nn.Module | None = None) -> n
     folder = Path(path)
     section, config = read_section(folder)
     if config is not None:
-        import transformers
-
-        name = (config.get("architectures") or [""])[0]
-        model_class = getattr(transformers, name, None)
-        if model_class is None:
-            raise CheckpointError(f"{folder}: config.json names the architecture {name!r}, which transformers lacks")
         check_tensors(folder, {})  # readable at all? the loader itself compares names and shapes
-        return model_class.from_pretrained(folder)
+        return architecture(folder, config.get("architectures")).from_pretrained(folder)
     if pretrained is None:
         raise CheckpointError(f"{folder} holds no transformers model: give the pretrained model it was built from")
     model = deepcopy(pretrained)
@@ -217,6 +212,19 @@ def load(path: str | os.PathLike[str], pretrained: nn.Module | None = None) -> n
     load_safetensors(model, folder / "model.safetensors")
     model.smile_section = section  # type: ignore[assignment]
     return model
+
+
+def architecture(folder: Path, names: Sequence[str] | None) -> type[PreTrainedModel]:
+    """The transformers class that a folder's config.json names.
+
+    Raises:
+        CheckpointError: if there is no such class.
+    """
+    name = (names or [""])[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise CheckpointError(f"{folder}: config.json names the architecture {name!r}, which transformers lacks")
+    return model_class
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
@@ -254,31 +262,16 @@ def check_tensors(folder: Path, required: dict[str, tuple[int, ...]]) -> None:
     Raises:
         CheckpointError: naming the missing or unreadable file, or the first tensor that is missing or of another shape.
     """
-    found: dict[str, tuple[int, ...]] = {}
-    for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} can't be read: {error}; it is incomplete or corrupt") from None
+    try:
+        found = FilesSource(folder).shapes()
+    except PlanError as error:
+        raise CheckpointError(f"{error}; this is no complete SMILE checkpoint") from None
     missing = [name for name in required if name not in found]
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} of {len(required)} tensors (first: {missing[0]})")
     for name, shape in required.items():
         if found[name] != shape:
             raise CheckpointError(f"{folder}: {name} has the shape {found[name]}, its config says {shape}")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        if not (folder / name).exists():
-            raise CheckpointError(f"{folder} lacks {name}: it is not a complete SMILE checkpoint")
-    return [folder / name for name in names]
 
 
 def _required_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

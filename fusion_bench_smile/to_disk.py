@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from .checkpoint import is_tied, make_section, replaced_folder
+from .checkpoint import architecture, is_tied, make_section, replaced_folder
 from .config import SmileConfig
 from .errors import PlanError
 from .parts import Base, Factorer, Job
@@ -83,12 +82,8 @@ def upscale_to_folder(
 def _skeleton(folder: Path) -> PreTrainedModel:
     """The model of a folder without its weights."""
     settings = AutoConfig.from_pretrained(folder)
-    name = (settings.architectures or [""])[0]
-    model_class = getattr(transformers, name, None)
-    if model_class is None:
-        raise PlanError(f"{folder}: config.json names the architecture {name!r}, which transformers lacks")
     with torch.device("meta"):
-        model = model_class._from_config(settings)
+        model = architecture(folder, settings.architectures)._from_config(settings)
     model.tie_weights()
     return model
 

@@ -132,7 +132,7 @@ def damaged(kind: str, folder: Path) -> None:
 DAMAGE = {
     "truncated weights": "incomplete or corrupt",
     "garbage weights": "incomplete or corrupt",
-    "no weights": "lacks model.safetensors",
+    "no weights": "holds neither model.safetensors",
     "no config": "not a complete SMILE checkpoint",
     "broken config": "not readable JSON",
     "missing expert tensor": "lacks 1 of",
