@@ -21,10 +21,9 @@ from functools import partial
 import torch
 from construction import delta, framework
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from fusion_bench_smile import upscale
-from fusion_bench_smile.layers import SmileLinear
 
 EXPERTS, GATE_K, K = 8, 16, 32
 VIT = ((768, 768), (3072, 768), (768, 3072))  # (out, in)
@@ -78,7 +77,7 @@ def activation_bytes(layer: nn.Module, x: Tensor) -> int:
         before = torch.cuda.memory_allocated(x.device)
         layer(x)
         return torch.cuda.max_memory_allocated(x.device) - before
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         layer(x)
     held = peak = 0
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -110,23 +109,45 @@ def layer_rows(shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...], dev
             print(f"| {count} | mean | | {mean[0]:.2f}× | {mean[2]:.2f}× | {mean[1]:.2f}× | |", flush=True)
 
 
-def tower_row(device: torch.device, dtype: torch.dtype, batch: int, depth: int) -> None:
-    torch.manual_seed(0)
-    base = CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=depth)).eval()
-    experts = [copy.deepcopy(base) for _ in range(EXPERTS)]
+def upscaled(base: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
+    experts = [copy.deepcopy(base) for _ in range(EXPERTS)]
     for expert in experts:
         for module in expert.modules():
             if isinstance(module, nn.Linear):
                 module.weight.data += delta(tuple(module.weight.shape), generator)  # type: ignore[arg-type]
-    ours = upscale(base, experts, gate_k=GATE_K, k=K)
-    assert any(isinstance(m, SmileLinear) for m in ours.modules())
+    return upscale(base, experts, gate_k=GATE_K, k=K)
+
+
+def tower_row(device: torch.device, dtype: torch.dtype, batch: int, depth: int) -> None:
+    torch.manual_seed(0)
+    base = CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=depth)).eval()
     pixels = torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
-    models = {"plain": base.to(device, dtype), "ours": ours.to(device, dtype)}
+    models = {"plain": base.to(device, dtype), "ours": upscaled(base).to(device, dtype)}
     seconds = interleaved({name: partial(m, pixels) for name, m in models.items()}, device, budget=20)
     print(
         f"\nViT-B/32 with {depth} layers, batch {batch}: plain {seconds['plain'] * 1e3:.0f} ms, ours "
         f"{seconds['ours'] * 1e3:.0f} ms, {seconds['ours'] / seconds['plain']:.2f}× the plain model",
+        flush=True,
+    )
+
+
+def decoding_row(device: torch.device, dtype: torch.dtype, steps: int = 32) -> None:
+    """One token at a time, with a key-value cache."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=16
+    )
+    base = LlamaForCausalLM(config).eval()
+    models = {"plain": base.to(device, dtype), "ours": upscaled(base).to(device, dtype)}
+    prompt = torch.arange(8, device=device)[None]
+    settings = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
+    runs = {name: partial(model.generate, prompt, **settings) for name, model in models.items()}  # type: ignore[operator]
+    seconds = interleaved(runs, device, budget=10)
+    each = {name: value / steps * 1e3 for name, value in seconds.items()}
+    print(
+        f"\nDecoding with a cache, a Llama of hidden size 1024 and 2 layers: plain {each['plain']:.2f} ms a token, ours "
+        f"{each['ours']:.2f} ms, {each['ours'] / each['plain']:.2f}× the plain model",
         flush=True,
     )
 
@@ -153,6 +174,7 @@ def main() -> None:
     layer_rows(((4096, 4096),), (1,), device, dtype)
     if options.depth:
         tower_row(device, dtype, 32, options.depth)
+    decoding_row(device, dtype)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from .to_disk import upscale_to_folder
 from .upscale import plan_upscaling, upscale
 
 if TYPE_CHECKING:
+    from .adapters import export_adapters
     from .algorithm import SmileUpscalingAlgorithm
 
 
@@ -30,6 +31,7 @@ __all__ = [
     "SmileLinear",
     "SmileUpscalingAlgorithm",
     "__version__",
+    "export_adapters",
     "load",
     "plan_upscaling",
     "record_routing",
@@ -40,8 +42,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "SmileUpscalingAlgorithm":  # the framework takes seconds to import; the layers don't need it
+    # the framework and PEFT take seconds to import; the layers don't need them
+    if name == "SmileUpscalingAlgorithm":
         from .algorithm import SmileUpscalingAlgorithm
 
         return SmileUpscalingAlgorithm
+    if name == "export_adapters":
+        from .adapters import export_adapters
+
+        return export_adapters
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
