@@ -146,7 +146,7 @@ def decoding_row(device: torch.device, dtype: torch.dtype, steps: int = 32) -> N
     seconds = interleaved(runs, device, budget=10)
     each = {name: value / steps * 1e3 for name, value in seconds.items()}
     print(
-        f"\nDecoding with a cache, a Llama of hidden size 1024 and 2 layers: plain {each['plain']:.2f} ms a token, ours "
+        f"\nDecoding with a cache, a Llama of width 1024 and 2 layers: plain {each['plain']:.2f} ms a token, ours "
         f"{each['ours']:.2f} ms, {each['ours'] / each['plain']:.2f}× the plain model",
         flush=True,
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .checkpoint import load, save
 from .config import SmileConfig
+from .continual import add_expert, remove_expert
 from .errors import CheckpointError, ConfigError, PlanError, SmileError
 from .layers import SmileLinear
 from .routing import record_routing
@@ -31,10 +32,12 @@ __all__ = [
     "SmileLinear",
     "SmileUpscalingAlgorithm",
     "__version__",
+    "add_expert",
     "export_adapters",
     "load",
     "plan_upscaling",
     "record_routing",
+    "remove_expert",
     "save",
     "upscale",
     "upscale_to_folder",

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DENSE = -1
+ROUTED = ("gate", "down", "up", "dense", "expert_bias")
 # multiply-adds that must be saved for each expert before handling its tokens apart pays, on a CPU
 SAVED_FROM = 1_000_000
 Execution = Literal["auto", "grouped", "masked"]
@@ -111,6 +112,15 @@ class Routed(nn.Module):
         nn.Module.__init__(layer)
         layer.__dict__.update({key: copy(value) for key, value in plain.__dict__.items()})
         layer.add_experts(layout, device)
+        return layer
+
+    def without_experts(self, plain: type[nn.Module]) -> nn.Module:
+        """The plain layer of the kind `plain`, with this one's own parameters and settings."""
+        layer = plain.__new__(plain)
+        nn.Module.__init__(layer)
+        layer.__dict__.update({key: copy(value) for key, value in self.__dict__.items() if key != "layout"})
+        for name in ROUTED:
+            layer._parameters.pop(name)
         return layer
 
     def add_experts(self, layout: SmileLayout, device: torch.device | str | None = None) -> None:

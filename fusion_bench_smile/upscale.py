@@ -71,12 +71,12 @@ def upscale(
     factorer = Factorer(config, with_router=len(named) > 1, store=store, workers=plan.workers(config.compute_device))
     taken, error = Taken(), None
     try:
-        _take_in(plan, pretrained, named, factorer, share, taken, on_item)
+        take_in(plan, pretrained, named, factorer, share, taken, on_item)
     except Exception as problem:
         error = problem
     share.agree(error)
     upscaled = deepcopy(pretrained)
-    energies = _replace_layers(upscaled, plan, taken, share, config)
+    energies = replace_layers(upscaled, plan, taken, share, config)
     _set_averages(upscaled, share.exchange(taken.sums)[0], len(named))
     describe(upscaled, config, tuple(named))
     _log_summary(plan, taken, factorer, energies, time.perf_counter() - began)
@@ -102,15 +102,16 @@ class Taken:
     differing: set[str] = field(default_factory=set)
 
 
-def _take_in(
+def take_in(
     plan: Plan,
     pretrained: nn.Module,
     experts: Mapping[str, Openable],
     factorer: Factorer,
     share: Share,
     taken: Taken,
-    on_item: OnItem | None,
+    on_item: OnItem | None = None,
 ) -> None:
+    """Factor this process's share of the (expert, layer) pairs, and look at the experts' other tensors."""
     base = StateSource(pretrained.state_dict())
     aliases = tied_names(pretrained)
     opened = open_all(plan, experts, base, aliases)
@@ -179,7 +180,7 @@ def _take_rest(plan: Plan, base: Source, source: Source, label: str, taken: Take
             taken.sums[name] = value.clone() if name not in taken.sums else taken.sums[name].add_(value)
 
 
-def _replace_layers(
+def replace_layers(
     model: nn.Module, plan: Plan, taken: Taken, share: Share, config: SmileConfig
 ) -> dict[str, list[float]]:
     """Put the routed layers into `model`; returns the energy that each expert of each changed layer keeps."""

@@ -1,0 +1,161 @@
+"""Add an expert to an upscaled model, or take one away, as if it had been built so from the start."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import describe, section_of
+from .config import SmileConfig
+from .errors import PlanError
+from .kin import plain_kind
+from .layers import DENSE, Routed
+from .parts import ExpertPart, Factorer
+from .plan import make_plan
+from .sharing import Share
+from .sources import Openable
+from .upscale import Taken, replace_layers, take_in
+
+Parts = dict[str, dict[int, ExpertPart]]
+
+
+@torch.no_grad()
+def add_expert(model: nn.Module, expert: Openable, name: str) -> nn.Module:
+    """A new model with one expert more; only that one is factored.
+
+    Args:
+        model: what `upscale` returned, or what was loaded from its checkpoint. It is not modified.
+        expert: as for `upscale`.
+        name: its name, which no other expert has.
+
+    Raises:
+        PlanError: for an expert that doesn't fit, a name that is taken, or a model that can't be extended: its other
+            parameters are averages, or it was built with one expert, and so without a router that could be completed.
+        CheckpointError: if `model` was not made by `upscale`.
+    """
+    names, config = _recipe(model)
+    if name in names:
+        raise PlanError(f"there is an expert {name!r} already; the experts are: {', '.join(names)}")
+    pretrained, parts = taken_apart(model)
+    plan = make_plan(pretrained, len(names) + 1, config)
+    if len(names) == 1:
+        parts = {layer: {0: _with_router(part[0], config, layer)} for layer, part in parts.items()}
+    taken = Taken()
+    factorer = Factorer(config, with_router=True, workers=plan.workers(config.compute_device))
+    take_in(plan, pretrained, {name: expert}, factorer, Share(), taken)
+    unchanged = {number: ExpertPart(rank=0, gate_rank=0) for number in range(len(names))}
+    for layer, added in taken.parts.items():
+        taken.parts[layer] = {**unchanged, **parts.get(layer, {}), len(names): added[0]}
+    replace_layers(pretrained, plan, taken, Share(), config)
+    describe(pretrained, config, (*names, name))
+    return pretrained
+
+
+@torch.no_grad()
+def remove_expert(model: nn.Module, name: str) -> nn.Module:
+    """A new model without one of its experts.
+
+    Args:
+        model: what `upscale` returned, or what was loaded from its checkpoint. It is not modified.
+        name: the expert's.
+
+    Raises:
+        PlanError: for an unknown name, the last expert, or a model whose other parameters are averages.
+        ConfigError: if fewer experts than `top_k` would be left.
+        CheckpointError: if `model` was not made by `upscale`.
+    """
+    names, config = _recipe(model)
+    if name not in names:
+        raise PlanError(f"there is no expert {name!r}; the experts are: {', '.join(names)}")
+    left = [number for number, other in enumerate(names) if other != name]
+    pretrained, parts = taken_apart(model)
+    plan = make_plan(pretrained, len(left), config)
+    taken = Taken()
+    for layer, by_number in parts.items():
+        kept = [by_number[number] for number in left]
+        taken.parts[layer] = dict(enumerate(kept if len(kept) > 1 else [_without_router(kept[0], config)]))
+    replace_layers(pretrained, plan, taken, Share(), config)
+    describe(pretrained, config, tuple(other for other in names if other != name))
+    return pretrained
+
+
+def _recipe(model: nn.Module) -> tuple[list[str], SmileConfig]:
+    section = section_of(model)
+    # where it was factored then says nothing about this machine
+    config = SmileConfig.from_dict({**section.options, "device": "auto", "upscaling_accelerator": None})
+    if config.average_experts:
+        raise PlanError("the experts of a model with average_experts=true can't be changed: build it anew")
+    return section.experts, config
+
+
+def taken_apart(model: nn.Module) -> tuple[nn.Module, Parts]:
+    """A copy of the pretrained model inside an upscaled one, and the experts' parts of its routed layers."""
+    model = deepcopy(model)
+    plain: dict[nn.Module, nn.Module] = {}
+    parts = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, Routed):
+            if module not in plain:
+                plain[module] = module.without_experts(cast(type[nn.Module], plain_kind(module)))
+            parts[name] = dict(enumerate(parts_of(module)))
+            model.set_submodule(name, plain[module])
+    return model, parts
+
+
+def parts_of(layer: Routed) -> list[ExpertPart]:
+    """What each expert adds to a routed layer."""
+    layout = layer.layout
+    found = []
+    for number, rank in enumerate(layout.ranks):
+        bias = None if layer.expert_bias is None else layer.expert_bias[number]
+        row = layout.dense_experts.index(number) if rank == DENSE else None
+        found.append(
+            ExpertPart(
+                rank=rank,
+                gate_rank=layout.gate_ranks[number],
+                gate=_slice(layer.gate, layout.gate_ranks, number),
+                down=_slice(layer.down, layout.down_rows, number),
+                up=None if layer.up is None else layer.up.split(list(layout.low_ranks), dim=1)[number],
+                dense=None if row is None or layer.dense is None else layer.dense[row],
+                bias=bias if bias is not None and bool(bias.any()) else None,
+            )
+        )
+    return found
+
+
+def _slice(rows: Tensor | None, sizes: tuple[int, ...], number: int) -> Tensor | None:
+    return None if rows is None else rows.split(list(sizes))[number]
+
+
+def _directions(part: ExpertPart, shared: int) -> Tensor | None:
+    """All rank directions of a part whose first `shared` ones are router rows."""
+    rows = [part.gate[:shared]] if part.gate is not None and shared else []
+    rows += [part.down] if part.down is not None else []
+    return torch.cat(rows) if rows else None
+
+
+def _without_router(part: ExpertPart, config: SmileConfig) -> ExpertPart:
+    shared = min(max(part.rank, 0), part.gate_rank) if config.routing_use_diff else 0
+    return replace(part, gate_rank=0, gate=None, down=_directions(part, shared))
+
+
+def _with_router(part: ExpertPart, config: SmileConfig, layer: str) -> ExpertPart:
+    """A single expert's part, with the router it would have had beside others."""
+    complete = 0 <= part.rank < config.k  # there are no more directions than these
+    if not config.routing_use_diff or part.rank == DENSE or (part.rank < config.gate_k and not complete):
+        raise PlanError(
+            f"{layer} was built for one expert and lacks the {config.gate_k} directions that its router needs beside "
+            "others: build the model anew with both experts"
+        )
+    gate_rank = min(config.gate_k, part.rank)
+    down = part.down
+    return replace(
+        part,
+        gate_rank=gate_rank,
+        gate=None if down is None else down[:gate_rank],
+        down=None if down is None else down[gate_rank:],
+    )
