@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from .upscale import plan_upscaling, upscale
 log = logging.getLogger(__name__)
 
 PRETRAINED = "_pretrained_"
+CLI = "fusion_bench.scripts.cli"
 OPTIONS = [field.name for field in fields(SmileConfig)]
 OF_THE_RUN = ["model_path", "factor_cache", "dry_run"]
 
@@ -49,7 +49,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
             saved there.
         factor_cache: a folder where factors are kept and looked up, so that sweeps and restarts factor nothing twice;
             None keeps none.
-        dry_run: print what would be done, and stop.
+        dry_run: print what would be done, and return None, for which the framework saves and evaluates nothing.
         options: the fields of `SmileConfig`; the names are those of the framework's own SMILE.
 
     Raises:
@@ -75,7 +75,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         for name in OPTIONS:  # what the framework reads for `self.config`
             setattr(self, name, getattr(self.options, name))
 
-    def run(self, modelpool: BaseModelPool | Mapping[str, nn.Module] | Sequence[nn.Module]) -> nn.Module:
+    def run(self, modelpool: BaseModelPool | Mapping[str, nn.Module] | Sequence[nn.Module]) -> nn.Module | None:
         """Upscale the models of a pool.
 
         Args:
@@ -83,7 +83,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
                 pretrained model.
 
         Returns:
-            The upscaled model, on the CPU unless the pool put the pretrained model elsewhere.
+            The upscaled model, on the CPU unless the pool put the pretrained model elsewhere; None for a dry run.
 
         Raises:
             SmileError: for whatever can't be upscaled, loaded or saved; see `upscale`, `load` and `save`.
@@ -91,7 +91,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         with _one_clear_line():
             return self._run(_as_pool(modelpool))
 
-    def _run(self, pool: BaseModelPool) -> nn.Module:
+    def _run(self, pool: BaseModelPool) -> nn.Module | None:
         for path in filter(None, [self.model_path, getattr(self._program, "merged_model_save_path", None)]):
             if "{" not in path:  # the framework fills in its log folder later
                 check_writable(Path(path))
@@ -100,7 +100,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
             with self.profile("load upscaled model"):
                 return load(self.model_path, _load_unless_transformers(pool, self.model_path))
         model = self._upscale(pool)
-        if self.model_path is not None:
+        if model is not None and self.model_path is not None:
             with self.profile("save upscaled model"):
                 save(model, self.model_path)
             if self._fabric_instance is not None:
@@ -113,7 +113,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         """Rank 0's answer: another rank may look when rank 0 has gone on already."""
         return self.fabric.broadcast(answer) if self._fabric_instance is not None else answer
 
-    def _upscale(self, pool: BaseModelPool) -> nn.Module:
+    def _upscale(self, pool: BaseModelPool) -> nn.Module | None:
         if PRETRAINED not in pool.all_model_names:
             raise PlanError(f"the model pool has no {PRETRAINED!r} model; it has: {', '.join(pool.all_model_names)}")
         with self.profile("load pretrained model"):
@@ -122,19 +122,16 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         if self.dry_run:
             if _rank() == 0:
                 self._show_plan(pretrained, experts)
-            raise SystemExit(0)
+            return None
         store = FactorStore(self.factor_cache) if self.factor_cache else None
-        with (
-            self.profile("upscale"),
-            tqdm(desc="factoring", unit="delta", disable=_rank() != 0, leave=False) as progress,
-        ):
+        with self.profile("upscale"), _Progress() as progress:
             model = upscale(
                 pretrained,
                 experts,
                 self.options,
                 store=store,
                 share_work=self._fabric_instance is not None,
-                on_item=partial(_advance, progress),
+                on_item=progress.show,
             )
         before, after = (sum(p.numel() for p in m.parameters()) for m in (pretrained, model))
         log.info("%d experts, %d parameters, parameter ratio %.3f", len(experts), after, after / before)
@@ -151,9 +148,16 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         Console().print(table)
 
 
-def _advance(progress: tqdm, done: int, total: int) -> None:
-    progress.total = total
-    progress.update(done - progress.n)
+class _Progress(ExitStack):
+    """A bar that rank 0 shows from the first delta on: what is refused before is a line of its own."""
+
+    _bar: tqdm | None = None
+
+    def show(self, done: int, total: int) -> None:
+        if self._bar is None:
+            bar = tqdm(desc="factoring", unit="delta", total=total, disable=_rank() != 0, leave=False)
+            self._bar = self.enter_context(bar)
+        self._bar.update(done - self._bar.n)
 
 
 @contextmanager
@@ -167,9 +171,15 @@ def _one_clear_line() -> Iterator[None]:
         yield
     except SmileError as error:
         alone = HydraConfig.initialized() and HydraConfig.get().mode != RunMode.MULTIRUN
-        if alone and "fusion_bench.scripts.cli" in sys.modules:
+        if alone and CLI in sys.modules:
+            logging.getLogger(CLI).addFilter(_without_traceback)  # the framework logs whatever ends its program
             raise SystemExit(f"error: {error}") from None
         raise
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    record.exc_info = None
+    return True
 
 
 def _rank() -> int:

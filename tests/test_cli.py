@@ -69,6 +69,7 @@ def fails_with(done: subprocess.CompletedProcess[str], message: str) -> None:
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert message in last, done.stderr[-3000:]
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def other_clip(**changes: int) -> CLIPVisionModel:
@@ -274,6 +275,7 @@ def test_a_dry_run_says_what_would_be_done_and_stops(tmp_path):
     assert "linear layers to upscale" in done.stdout
     assert "parameter ratio, at most" in done.stdout
     assert "time to factor" in done.stdout
+    assert "Traceback" not in done.stdout
     assert "report" not in done.stdout.split("time to factor")[1]
 
 
