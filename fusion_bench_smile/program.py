@@ -14,10 +14,11 @@ class ReportingFusionProgram(FabricModelFusionProgram):
 
     Args:
         label: the name of the run in tables.
+        scaling: for each strength the method's scaling factor; the configuration picks one.
         options: everything else; `row`, `strength` and `task` are put into the report as they are.
     """
 
-    def __init__(self, *args: Any, label: str, **options: Any) -> None:
+    def __init__(self, *args: Any, label: str, scaling: Any = None, **options: Any) -> None:
         notes: dict[str, Any] = {key: options.pop(key) for key in ("row", "strength", "task") if key in options}
         self.notes = {"label": label, **notes}
         self._ready = time.perf_counter()

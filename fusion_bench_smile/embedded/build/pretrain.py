@@ -122,7 +122,7 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-STEPS, BATCH, TEXTS, LR, WARMUP, WEIGHT_DECAY = 4_500, 128, 64, 8e-4, 300, 0.1
+STEPS, BATCH, TEXTS, LR, WARMUP, WEIGHT_DECAY = 12_000, 128, 64, 8e-4, 300, 0.1
 # Pulls a prompt's embedding to its caption's. Ranking the captions right leaves their geometry open, and prompts that
 # were never seen as captions then fall anywhere.
 ALIGNMENT = 10.0
