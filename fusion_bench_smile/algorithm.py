@@ -143,7 +143,8 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         for name, value in plan.summary().items():
             table.add_row(name, value)
         device = self.options.compute_device
-        seconds = estimated_seconds(plan, lambda noise, rank: truncated_svd(noise.to(device), rank))
+        workers = plan.workers(device)
+        seconds = estimated_seconds(plan, lambda noise, rank: truncated_svd(noise.to(device), rank), workers)
         table.add_row("time to factor, from files or memory", f"{seconds:.1f} s")
         Console().print(table)
 

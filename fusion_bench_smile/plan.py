@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .config import SmileConfig
 from .errors import ConfigError, PlanError
 from .kin import plain_kind, routed_class
-from .workers import workers_for
+from .workers import in_parallel, workers_for
 
 log = logging.getLogger(__name__)
 
@@ -134,16 +134,16 @@ def make_plan(pretrained: nn.Module, num_experts: int, config: SmileConfig) -> P
     return Plan(layers, num_experts, tensors, _rest(pretrained, chosen), kept, parameters)
 
 
-def estimated_seconds(plan: Plan, factor: Callable[[Tensor, int], object]) -> float:
-    """How long factoring will take here: each shape of layer is tried once on noise (the hardest case)."""
+def estimated_seconds(plan: Plan, factor: Callable[[Tensor, int], object], workers: int) -> float:
+    """How long factoring will take: each worker tries each shape of layer on noise, the hardest case."""
     seconds: dict[tuple[int, int, int], float] = {}
     for layer in plan.layers:
         shape = (layer.out_features, layer.in_features, layer.rank)
         if shape not in seconds and layer.rank > 0:
-            noise = torch.randn(shape[:2])
+            trials = [(torch.randn(shape[:2]), layer.rank)] * workers
             began = time.perf_counter()
-            factor(noise, layer.rank)
-            seconds[shape] = time.perf_counter() - began
+            list(in_parallel(lambda trial: factor(*trial), trials, workers))
+            seconds[shape] = (time.perf_counter() - began) / workers
     shapes = [(layer.out_features, layer.in_features, layer.rank) for layer in plan.layers]
     return plan.num_experts * sum(seconds.get(shape, 0.0) for shape in shapes)
 
