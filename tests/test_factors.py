@@ -129,6 +129,14 @@ def test_the_result_is_deterministic_and_its_signs_are_fixed(method):
     assert (first.down.gather(1, first.down.abs().argmax(1, keepdim=True)) > 0).all()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_matrix_stays_as_it_is(method):
+    for matrix in (torch.randn(90, 70), torch.randn(70, 90), torch.randn(90, 70).T, torch.randn(70, 90).T):
+        before = matrix.clone()
+        truncated_svd(matrix, 4, method=method)
+        assert torch.equal(matrix, before)
+
+
 def test_a_truncation_is_a_prefix():
     matrix = torch.randn(100, 90)
     large, small = truncated_svd(matrix, 20, method="exact"), truncated_svd(matrix, 7, method="exact")
