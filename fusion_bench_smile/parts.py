@@ -156,16 +156,19 @@ class Factorer:
         tuned = base.matrix(self._read(expert, name, label))
         dtype = torch.promote_types(torch.promote_types(tuned.dtype, base.weight.dtype), torch.float32)
         weight, start = (tensor.to(self.config.compute_device, dtype) for tensor in (tuned, base.weight))
+        # what the store's keys are made of also tells whether anything changed
+        digests = (base.hash(), digest(tuned)) if self.store else ("", "")
         change = Change()
-        if not torch.equal(weight, start):
-            key = lambda: ("delta", base.hash(), digest(tuned), str(dtype))  # noqa: E731
-            factors = self._factor(lambda: weight - start, needed, key) if needed else None
+        if digests[0] != digests[1] if self.store else not torch.equal(weight, start):
+            factors = None
+            if needed:
+                factors = self._factor(lambda: weight - start, needed, ("delta", *digests, str(dtype)))
             if layer.k == DENSE:
                 change = Change(factors, dense=weight - start)
             elif factors and factors.rank:
                 change = Change(factors, energy=factors.energy(layer.k))
         if own_gate:
-            gate = self._factor(lambda: weight, own_gate, lambda: ("weight", digest(tuned), str(dtype)))
+            gate = self._factor(lambda: weight, own_gate, ("weight", digests[1], str(dtype)))
             change = replace(change, gate=gate)
         return change
 
@@ -193,10 +196,10 @@ class Factorer:
             return Change()
         return Change(factors.truncated(needed), energy=factors.energy(k))
 
-    def _factor(self, matrix: Callable[[], Tensor], rank: int, made_of: Callable[[], tuple[str, ...]]) -> Factors:
+    def _factor(self, matrix: Callable[[], Tensor], rank: int, made_of: tuple[str, ...]) -> Factors:
         if self.store is None:
             return truncated_svd(matrix(), rank)
-        key = self.store.key(*made_of())
+        key = self.store.key(*made_of)
         found = self.store.get(key, rank)
         if found is not None:
             return Factors(*(tensor.to(self.config.compute_device) for tensor in found))

@@ -177,7 +177,11 @@ def check_expert(plan: Plan, name: str, shapes: Mapping[str, Sequence[int]]) -> 
 
 def check_finite(tensor: Tensor, name: str, label: str) -> None:
     """Raise PlanError, naming model and tensor, for NaN or infinity."""
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    if not tensor.is_floating_point():
+        return
+    # one NaN or infinity spoils the sum, which is many times faster to look at; a sum may also overflow
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    if not torch.isfinite(total) and not torch.isfinite(tensor).all():
         kind = "NaN" if torch.isnan(tensor).any() else "infinity"
         raise PlanError(f"{label} holds {kind} in {name}; it was not saved or trained correctly")
 
