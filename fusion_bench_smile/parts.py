@@ -119,7 +119,9 @@ class Factorer:
     def _part(self, layer: LayerPlan, base: Base, expert: Source, label: str) -> ExpertPart:
         bias_name, bias = f"{layer.name}.bias", None
         if base.bias is not None and not expert.is_base(bias_name):
-            bias = self._bias(base, self._read(expert, bias_name, label))
+            tuned = self._counted(expert.read(bias_name))
+            check_finite(tuned, bias_name, label)
+            bias = self._bias(base, tuned)
         gate_k = layer.gate_k if self.with_router else 0
         shared = self.config.routing_use_diff  # the router's rows are the first ones of the delta's factors
         change = self._change(
@@ -150,37 +152,39 @@ class Factorer:
         if layer.k != DENSE and not own_gate:
             pair = expert.low_rank(name)
             if pair is not None:
-                return self._factored_change(self._counted(pair, name, label), needed, layer.k)
+                for tensor in pair:
+                    check_finite(self._counted(tensor), name, label)
+                return self._factored_change(pair, needed, layer.k)
         if expert.is_base(name) and not own_gate:
             return Change()
-        tuned = base.matrix(self._read(expert, name, label))
+        tuned = base.matrix(self._counted(expert.read(name)))
         dtype = torch.promote_types(torch.promote_types(tuned.dtype, base.weight.dtype), torch.float32)
         weight, start = (tensor.to(self.config.compute_device, dtype) for tensor in (tuned, base.weight))
+
+        def checked() -> Tensor:
+            check_finite(tuned, name, label)  # what is found in the store was finite
+            return weight
+
         # what the store's keys are made of also tells whether anything changed
         digests = (base.hash(), digest(tuned)) if self.store else ("", "")
         change = Change()
         if digests[0] != digests[1] if self.store else not torch.equal(weight, start):
             factors = None
             if needed:
-                factors = self._factor(lambda: weight - start, needed, ("delta", *digests, str(dtype)))
+                factors = self._factor(lambda: checked() - start, needed, ("delta", *digests, str(dtype)))
             if layer.k == DENSE:
-                change = Change(factors, dense=weight - start)
+                change = Change(factors, dense=checked() - start)
             elif factors and factors.rank:
                 change = Change(factors, energy=factors.energy(layer.k))
         if own_gate:
-            gate = self._factor(lambda: weight, own_gate, ("weight", digests[1], str(dtype)))
+            gate = self._factor(checked, own_gate, ("weight", digests[1], str(dtype)))
             change = replace(change, gate=gate)
         return change
 
-    def _counted(self, tensors: Sequence[Tensor], name: str, label: str) -> Sequence[Tensor]:
-        for tensor in tensors:
-            check_finite(tensor, name, label)
+    def _counted(self, tensor: Tensor) -> Tensor:
         with self._lock:
-            self.bytes_read += sum(tensor.nbytes for tensor in tensors)
-        return tensors
-
-    def _read(self, expert: Source, name: str, label: str) -> Tensor:
-        return self._counted([expert.read(name)], name, label)[0]
+            self.bytes_read += tensor.nbytes
+        return tensor
 
     def _bias(self, base: Base, tuned: Tensor) -> Tensor | None:
         assert base.bias is not None
