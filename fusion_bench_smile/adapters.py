@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checkpoint import replaced_folder, section_of
+from .continual import directions, parts_of
 from .errors import PlanError
 from .kin import SmileConv1D
 from .layers import DENSE, Routed, SmileLinear
@@ -77,9 +78,10 @@ def _tensors(model: nn.Module, layers: dict[str, Routed], number: int, biased: b
     """What one expert's adapter holds, under PEFT's names."""
     tensors, biases = {}, {}
     for name, layer in layers.items():
-        down, up = _factors(layer, number)
-        if len(down):
-            tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = down, up
+        part = parts_of(layer)[number]
+        down = directions(part, layer.layout.shared_ranks[number])
+        if part.rank and down is not None and part.up is not None:
+            tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = down, part.up
         if layer.expert_bias is not None:
             biases[f"{name}.bias"] = cast(Tensor, layer.bias) + layer.expert_bias[number]
     if biased:  # PEFT stores all of a model's biases, or those of adapted layers; not those of some
@@ -90,20 +92,6 @@ def _tensors(model: nn.Module, layers: dict[str, Routed], number: int, biased: b
                 key = f"{owner}.base_layer.bias" if owner in adapted else name
                 tensors[f"{PREFIX}{key}"] = biases.get(name, parameter)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _factors(layer: Routed, number: int) -> tuple[Tensor, Tensor]:
-    """One expert's down (rank, in) and up (out, rank)."""
-    layout = layer.layout
-    shared, own, rank = layout.shared_ranks[number], layout.down_rows[number], layout.ranks[number]
-    parts = []
-    for rows, sizes, kept in ((layer.gate, layout.gate_ranks, shared), (layer.down, layout.down_rows, own)):
-        if rows is not None:
-            start = sum(sizes[:number])
-            parts.append(rows[start : start + kept])
-    start = sum(layout.low_ranks[:number])
-    up = layer.up[:, start : start + rank] if layer.up is not None else layer.weight.new_zeros(0, 0)
-    return torch.cat(parts) if parts else layer.weight.new_zeros(0, 0), up
 
 
 def _write(folder: Path, settings: LoraConfig, tensors: dict[str, Tensor]) -> None:

@@ -131,7 +131,7 @@ def _slice(rows: Tensor | None, sizes: tuple[int, ...], number: int) -> Tensor |
     return None if rows is None else rows.split(list(sizes))[number]
 
 
-def _directions(part: ExpertPart, shared: int) -> Tensor | None:
+def directions(part: ExpertPart, shared: int) -> Tensor | None:
     """All rank directions of a part whose first `shared` ones are router rows."""
     rows = [part.gate[:shared]] if part.gate is not None and shared else []
     rows += [part.down] if part.down is not None else []
@@ -140,7 +140,7 @@ def _directions(part: ExpertPart, shared: int) -> Tensor | None:
 
 def _without_router(part: ExpertPart, config: SmileConfig) -> ExpertPart:
     shared = min(max(part.rank, 0), part.gate_rank) if config.routing_use_diff else 0
-    return replace(part, gate_rank=0, gate=None, down=_directions(part, shared))
+    return replace(part, gate_rank=0, gate=None, down=directions(part, shared))
 
 
 def _with_router(part: ExpertPart, config: SmileConfig, layer: str) -> ExpertPart:

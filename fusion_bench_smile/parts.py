@@ -167,8 +167,11 @@ class Factorer:
 
         # what the store's keys are made of also tells whether anything changed
         digests = (base.hash(), digest(tuned)) if self.store else ("", "")
+        same = (
+            digests[0] == digests[1] if self.store and tuned.dtype == base.weight.dtype else torch.equal(weight, start)
+        )
         change = Change()
-        if digests[0] != digests[1] if self.store else not torch.equal(weight, start):
+        if not same:
             factors = None
             if needed:
                 factors = self._factor(lambda: checked() - start, needed, ("delta", *digests, str(dtype)))
