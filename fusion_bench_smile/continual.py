@@ -18,9 +18,10 @@ from .parts import ExpertPart, Factorer
 from .plan import make_plan
 from .sharing import Share
 from .sources import Openable
+from .stack import Stack
 from .upscale import Taken, replace_layers, take_in
 
-Parts = dict[str, dict[int, ExpertPart]]
+Parts = dict[str, list[ExpertPart]]
 
 
 @torch.no_grad()
@@ -43,13 +44,11 @@ def add_expert(model: nn.Module, expert: Openable, name: str) -> nn.Module:
     pretrained, parts = taken_apart(model)
     plan = make_plan(pretrained, len(names) + 1, config)
     if len(names) == 1:
-        parts = {layer: {0: _with_router(part[0], config, layer)} for layer, part in parts.items()}
-    taken = Taken()
+        parts = {layer: [_with_router(part, config, layer)] for layer, (part,) in parts.items()}
+    unchanged = [ExpertPart(rank=0, gate_rank=0)] * len(names)
+    taken = Taken({layer.name: Stack(len(names) + 1, *parts.get(layer.name, unchanged)) for layer in plan.layers})
     factorer = Factorer(config, with_router=True, workers=plan.workers(config.compute_device))
     take_in(plan, pretrained, {name: expert}, factorer, Share(), taken)
-    unchanged = {number: ExpertPart(rank=0, gate_rank=0) for number in range(len(names))}
-    for layer, added in taken.parts.items():
-        taken.parts[layer] = {**unchanged, **parts.get(layer, {}), len(names): added[0]}
     replace_layers(pretrained, plan, taken, Share(), config)
     describe(pretrained, config, (*names, name))
     return pretrained
@@ -75,9 +74,10 @@ def remove_expert(model: nn.Module, name: str) -> nn.Module:
     pretrained, parts = taken_apart(model)
     plan = make_plan(pretrained, len(left), config)
     taken = Taken()
-    for layer, by_number in parts.items():
-        kept = [by_number[number] for number in left]
-        taken.parts[layer] = dict(enumerate(kept if len(kept) > 1 else [_without_router(kept[0], config)]))
+    for layer, of_layer in parts.items():
+        kept = [of_layer[number] for number in left]
+        kept = kept if len(kept) > 1 else [_without_router(kept[0], config)]
+        taken.stacks[layer] = Stack(len(left), *kept)
     replace_layers(pretrained, plan, taken, Share(), config)
     describe(pretrained, config, tuple(other for other in names if other != name))
     return pretrained
@@ -101,7 +101,7 @@ def taken_apart(model: nn.Module) -> tuple[nn.Module, Parts]:
         if isinstance(module, Routed):
             if module not in plain:
                 plain[module] = module.without_experts(cast(type[nn.Module], plain_kind(module)))
-            parts[name] = dict(enumerate(parts_of(module)))
+            parts[name] = parts_of(module)
             model.set_submodule(name, plain[module])
     return model, parts
 

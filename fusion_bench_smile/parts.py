@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -36,14 +36,6 @@ class ExpertPart:
     dense: Tensor | None = None
     bias: Tensor | None = None
     energy: float = 1.0
-
-    @property
-    def changes_nothing(self) -> bool:
-        return self.rank == 0 and self.bias is None
-
-    def to(self, device: torch.device) -> ExpertPart:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: v.to(device) for n, v in moved.items() if isinstance(v, Tensor)})  # type: ignore[arg-type]
 
 
 @dataclass

@@ -20,8 +20,9 @@ from .errors import PlanError
 from .parts import Base, Factorer, Job
 from .plan import LayerPlan, Plan, check_expert, check_finite, make_plan
 from .sources import INDEX, FilesSource, Openable, Source, tied_names
+from .stack import Stack
 from .store import FactorStore
-from .upscale import added_tensors, layout_of, open_all
+from .upscale import open_all
 
 log = logging.getLogger(__name__)
 
@@ -122,11 +123,11 @@ def _routed(
     layers: dict[str, dict[str, Any]],
 ) -> Iterator[tuple[str, Tensor]]:
     jobs = [Job(layer, base, source, f"expert {name!r}") for name, source in experts.items()]
-    parts = list(factorer.parts(jobs))
-    if all(part.changes_nothing for part in parts):
+    stack = Stack(len(jobs), *factorer.parts(jobs))
+    if stack.changes_nothing:
         return
-    layers[layer.name] = layout_of(parts, factorer.config).to_dict()
-    for name, tensor in added_tensors(parts, layer.out_features).items():
+    layers[layer.name] = stack.layout(factorer.config).to_dict()
+    for name, tensor in stack.tensors(base.weight.device).items():
         yield f"{layer.name}.{name}", tensor
 
 

@@ -17,11 +17,12 @@ from .checkpoint import describe
 from .config import SmileConfig
 from .errors import PlanError
 from .kin import routed_class
-from .layers import Routed, SmileLayout
-from .parts import Base, ExpertPart, Factorer, Job
+from .layers import Routed
+from .parts import Base, Factorer, Job
 from .plan import Plan, check_expert, check_finite, make_plan
 from .sharing import Share
 from .sources import Openable, Source, StateSource, open_source, tied_names
+from .stack import Stack
 from .store import FactorStore
 
 log = logging.getLogger(__name__)
@@ -92,12 +93,12 @@ class Taken:
     """What was taken in of all experts.
 
     Attributes:
-        parts: layer → number of the expert → its part.
+        stacks: layer → what the experts add to it, in their order.
         sums: of the tensors to be averaged.
         differing: names of tensors in no upscaled layer that some expert changed.
     """
 
-    parts: dict[str, dict[int, ExpertPart]] = field(default_factory=dict)
+    stacks: dict[str, Stack] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
     differing: set[str] = field(default_factory=set)
 
@@ -119,7 +120,7 @@ def take_in(
     bases = {name: Base.of(module, module.weight, module.bias) for name, module in modules.items()}
     takes = share.takes([layer.work for _ in experts for layer in plan.layers])
     own, done = iter(takes), 0
-    for number, (name, expert) in enumerate(experts.items()):
+    for name, expert in experts.items():
         mine = [layer for layer, is_mine in zip(plan.layers, own, strict=False) if is_mine]
         averages = factorer.config.average_experts and share.rank == 0  # one process adds up, in a fixed order
         if not mine and not averages:
@@ -131,7 +132,7 @@ def take_in(
             check_expert(plan, name, source.shapes())
         jobs = [Job(layer, bases[layer.name], source, f"expert {name!r}") for layer in mine]
         for layer, part in zip(mine, factorer.parts(jobs), strict=True):
-            taken.parts.setdefault(layer.name, {})[number] = part
+            taken.stacks.setdefault(layer.name, Stack(plan.num_experts)).add(part)
             done += 1
             if on_item:
                 on_item(done, sum(takes))
@@ -188,57 +189,24 @@ def replace_layers(
     energies = {}
     for planned in plan.layers:
         layer = model.get_submodule(planned.name)
-        together: dict[int, ExpertPart] = {}
-        for parts in share.exchange(taken.parts.pop(planned.name, {})):
-            together |= parts
-        ordered = [together[number].to(cast(Tensor, layer.weight).device) for number in sorted(together)]
-        if not all(part.changes_nothing for part in ordered):
-            replaced[layer] = build_layer(layer, ordered, config)
-            energies[planned.name] = [part.energy for part in ordered]
+        stack, *others = share.exchange(taken.stacks.pop(planned.name, Stack(plan.num_experts)))
+        for other in others:
+            stack.extend(other)
+        if not stack.changes_nothing:
+            replaced[layer] = build_layer(layer, stack, config)
+            energies[planned.name] = stack.energies
     for name, module in list(model.named_modules(remove_duplicate=False)):  # a module may be reached by several names
         if module in replaced:
             model.set_submodule(name, replaced[module])
     return energies
 
 
-def build_layer(base: nn.Module, parts: Sequence[ExpertPart], config: SmileConfig) -> Routed:
-    """A routed layer around the pretrained one, from the experts' parts."""
-    layer = routed_class(base).around(base, layout_of(parts, config), device="meta")
-    for name, value in added_tensors(parts, len(layer.matrix(layer.weight))).items():
+def build_layer(base: nn.Module, stack: Stack, config: SmileConfig) -> Routed:
+    """A routed layer around the pretrained one."""
+    layer = routed_class(base).around(base, stack.layout(config), device="meta")
+    for name, value in stack.tensors(layer.weight.device).items():
         setattr(layer, name, nn.Parameter(value, requires_grad=layer.weight.requires_grad))
     return layer
-
-
-def layout_of(parts: Sequence[ExpertPart], config: SmileConfig) -> SmileLayout:
-    return SmileLayout(
-        ranks=tuple(part.rank for part in parts),
-        gate_ranks=tuple(part.gate_rank for part in parts),
-        top_k=config.top_k,
-        shared_router=config.routing_use_diff,
-        expert_bias=any(part.bias is not None for part in parts),
-        execution=config.execution,
-    )
-
-
-def added_tensors(parts: Sequence[ExpertPart], out_features: int) -> dict[str, Tensor]:
-    """What a routed layer holds beside weight and bias, each name only where it is needed."""
-    values = {
-        "down": _joined([part.down for part in parts], dim=0),
-        "up": _joined([part.up for part in parts], dim=1),
-        "gate": _joined([part.gate for part in parts], dim=0),
-        "dense": _joined([None if part.dense is None else part.dense[None] for part in parts], dim=0),
-    }
-    biases = [part.bias for part in parts]
-    some = next((bias for bias in biases if bias is not None), None)
-    if some is not None:
-        none = some.new_zeros(out_features)
-        values["expert_bias"] = torch.stack([none if bias is None else bias for bias in biases])
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _joined(tensors: Sequence[Tensor | None], dim: int) -> Tensor | None:
-    present = [t for t in tensors if t is not None and t.numel()]
-    return torch.cat(present, dim=dim).contiguous() if present else None
 
 
 def _set_averages(model: nn.Module, sums: Mapping[str, Tensor], count: int) -> None:

@@ -1,0 +1,103 @@
+"""One layer's experts side by side, as its routed layer stores them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import SmileConfig
+from .layers import SmileLayout
+from .parts import ExpertPart
+
+# the dimension along which each kind of tensor has one expert after the other
+SIDE_BY_SIDE = {"gate": 0, "down": 0, "up": 1, "dense": 0}
+
+
+class Stack:
+    """What the experts add to one layer, each part copied to its place as soon as it is made.
+
+    Parts that are kept until all are there, and joined then, are in memory twice.
+
+    Args:
+        experts: about how many there will be: room is made for as many of the first one's size.
+    """
+
+    def __init__(self, experts: int, *parts: ExpertPart) -> None:
+        self._experts = experts
+        self._room: dict[str, Tensor] = {}
+        self._filled = dict.fromkeys(SIDE_BY_SIDE, 0)
+        self._biases: list[Tensor | None] = []
+        self.ranks: list[int] = []
+        self.gate_ranks: list[int] = []
+        self.energies: list[float] = []
+        for part in parts:
+            self.add(part)
+
+    @property
+    def changes_nothing(self) -> bool:
+        return not any(self.ranks) and all(bias is None for bias in self._biases)
+
+    def add(self, part: ExpertPart) -> None:
+        """The next expert's part, copied."""
+        self.ranks.append(part.rank)
+        self.gate_ranks.append(part.gate_rank)
+        self.energies.append(part.energy)
+        self._biases.append(part.bias)
+        for name in SIDE_BY_SIDE:
+            value = getattr(part, name)
+            if value is not None:
+                self._append(name, value[None] if name == "dense" else value)
+
+    def extend(self, other: Stack) -> None:
+        """The next experts, copied from a stack of theirs; it may be on another device."""
+        self.ranks += other.ranks
+        self.gate_ranks += other.gate_ranks
+        self.energies += other.energies
+        self._biases += other._biases
+        for name in other._room:
+            self._append(name, other._tensor(name))
+
+    def _append(self, name: str, value: Tensor) -> None:
+        dim, start = SIDE_BY_SIDE[name], self._filled[name]
+        end = start + value.shape[dim]
+        if start == end:
+            return
+        if name not in self._room or end > self._room[name].shape[dim]:
+            shape = list(value.shape)
+            shape[dim] = max(end, shape[dim] * self._experts)
+            larger = value.new_empty(shape)
+            if start:
+                larger.narrow(dim, 0, start).copy_(self._tensor(name))
+            self._room[name] = larger
+        self._room[name].narrow(dim, start, end - start).copy_(value)
+        self._filled[name] = end
+
+    def _tensor(self, name: str) -> Tensor:
+        dim, room = SIDE_BY_SIDE[name], self._room[name]
+        if self._filled[name] == room.shape[dim]:
+            return room
+        return room.narrow(dim, 0, self._filled[name]).clone(memory_format=torch.contiguous_format)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_room": {name: self._tensor(name) for name in self._room}}  # without what is spare
+
+    def layout(self, config: SmileConfig) -> SmileLayout:
+        return SmileLayout(
+            ranks=tuple(self.ranks),
+            gate_ranks=tuple(self.gate_ranks),
+            top_k=config.top_k,
+            shared_router=config.routing_use_diff,
+            expert_bias=any(bias is not None for bias in self._biases),
+            execution=config.execution,
+        )
+
+    def tensors(self, device: torch.device) -> dict[str, Tensor]:
+        """What the routed layer holds beside weight and bias, each name only where it is needed."""
+        values = {name: self._tensor(name) for name in self._room}
+        some = next((bias for bias in self._biases if bias is not None), None)
+        if some is not None:
+            rows = [torch.zeros_like(some) if bias is None else bias for bias in self._biases]
+            values["expert_bias"] = torch.stack([row.to(device) for row in rows])
+        return {name: value.to(device) for name, value in values.items()}
