@@ -106,7 +106,8 @@ class Factorer:
         Raises:
             PlanError: naming the expert and the tensor that is not finite.
         """
-        return in_parallel(lambda job: self._part(*job), jobs, self.workers)
+        tiny = all(job.expert.in_factors for job in jobs)
+        return in_parallel(lambda job: self._part(*job), jobs, self.workers, one_at_a_time=tiny)
 
     def _part(self, layer: LayerPlan, base: Base, expert: Source, label: str) -> ExpertPart:
         bias_name, bias = f"{layer.name}.bias", None

@@ -6,8 +6,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from .errors import PlanError
 Shapes = Mapping[str, tuple[int, ...]]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+MAPPED_BYTES = 16 * 2**20  # read through one memory map
 # options of a LoRA adapter that make it compute something else than (W + scaling·BA)x
 UNREADABLE = (
     "use_dora",
@@ -37,6 +38,8 @@ UNREADABLE = (
 
 class Source(Protocol):
     """One model's tensors by their state-dict names."""
+
+    in_factors: bool  # whether most deltas are known in factors
 
     def shapes(self) -> Shapes:
         """Name and shape of every tensor, without reading any."""
@@ -58,6 +61,8 @@ class Source(Protocol):
 class StateSource:
     """Tensors that are in memory already."""
 
+    in_factors = False
+
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self._state = {name: tensor.detach() for name, tensor in state.items()}
 
@@ -77,7 +82,8 @@ class StateSource:
 class FilesSource:
     """The safetensors files of a folder, single or sharded, or one such file.
 
-    A file is opened anew for each tensor: a memory map that stays open keeps everything that was read through it.
+    A memory map that stays open keeps everything that was read through it, and opening one anew for each small tensor
+    of an adapter takes longer than factoring it: the map is renewed after `MAPPED_BYTES`.
 
     Args:
         path: the folder or file.
@@ -89,6 +95,8 @@ class FilesSource:
     Raises:
         PlanError: naming the file that is missing, incomplete or corrupt.
     """
+
+    in_factors = False
 
     def __init__(
         self,
@@ -102,13 +110,16 @@ class FilesSource:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
         self._stored_name: dict[str, str] = {}
+        self._open: tuple[Path, Any] | None = None
+        self._mapped = 0
+        self._lock = threading.Lock()
         for file in weight_files(Path(path)):
-            with _opened(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118  safetensors' handle is no mapping
-                    part = tensors.get_slice(name)
-                    passed_over = name.split(".")[0] not in components or "F" not in part.get_dtype()
-                    if like is None or name in like or not passed_over:
-                        self._add(name, name, file, tuple(part.get_shape()))
+            tensors = _opened(file)
+            for name in tensors.keys():  # noqa: SIM118  safetensors' handle is no mapping
+                part = tensors.get_slice(name)
+                passed_over = name.split(".")[0] not in components or "F" not in part.get_dtype()
+                if like is None or name in like or not passed_over:
+                    self._add(name, name, file, tuple(part.get_shape()))
         for name, others in (aliases or {}).items():
             stored = next((other for other in others if other in self._shapes), None)
             if name not in self._shapes and stored is not None:
@@ -121,8 +132,12 @@ class FilesSource:
         return self._shapes
 
     def read(self, name: str) -> Tensor:
-        with _opened(self._files[name]) as tensors:
-            tensor = tensors.get_tensor(self._stored_name[name])
+        file = self._files[name]
+        with self._lock:
+            if self._open is None or self._open[0] != file or self._mapped > MAPPED_BYTES:
+                self._open, self._mapped = (file, _opened(file)), 0
+            tensor = self._open[1].get_tensor(self._stored_name[name])
+            self._mapped += tensor.nbytes
         return tensor.to(self._dtype) if self._dtype and tensor.is_floating_point() else tensor
 
     def low_rank(self, name: str) -> None:
@@ -132,15 +147,12 @@ class FilesSource:
         return False
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _opened(file: Path) -> Any:
     """`safe_open`, whose failure names the file."""
     try:
-        handle = safe_open(file, framework="pt")
+        return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise PlanError(f"{file} can't be read: {error}; it is incomplete or corrupt") from None
-    with handle as tensors:
-        yield tensors
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -177,6 +189,8 @@ class AdapterSource:
     Raises:
         PlanError: for another kind of adapter (named), one that needs another base, or a damaged one.
     """
+
+    in_factors = True
 
     def __init__(self, folder: str | os.PathLike[str], base: Source) -> None:
         self._base, folder = base, Path(folder)

@@ -125,7 +125,7 @@ def take_in(
         averages = factorer.config.average_experts and share.rank == 0  # one process adds up, in a fixed order
         if not mine and not averages:
             continue
-        source = opened[name]
+        source = opened.pop(name)  # dropped, with what it has mapped, when the next one is begun
         if source is None:
             source = open_source(cast(Callable[[], Any], expert)(), base, aliases)
             assert source is not None, f"the function for expert {name!r} returned no model"

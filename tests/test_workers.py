@@ -29,6 +29,15 @@ def test_results_come_in_order_from_workers_that_share_the_threads(four_threads)
     assert torch.get_num_threads() == 4
 
 
+def test_one_at_a_time_has_the_threads_that_it_would_have_beside_others(four_threads):
+    def work(item: int) -> tuple[int, int, int]:
+        return item, torch.get_num_threads(), threading.get_ident()
+
+    here = threading.get_ident()
+    assert list(in_parallel(work, range(3), 2, one_at_a_time=True)) == [(item, 2, here) for item in range(3)]
+    assert torch.get_num_threads() == 4
+
+
 def test_a_failure_stops_the_rest_and_gives_the_threads_back(four_threads):
     done = []
 
