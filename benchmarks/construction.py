@@ -26,10 +26,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from fusion_bench.modelpool import BaseModelPool
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
 
-from fusion_bench_smile import FactorStore, upscale
+from fusion_bench_smile import SmileUpscalingAlgorithm, upscale
 from fusion_bench_smile.factors import truncated_svd
 
 GATE_K, K = 16, 32
@@ -60,11 +61,18 @@ def tuned(base: nn.Module, number: int) -> nn.Module:
     return expert
 
 
+def quiet() -> contextlib.ExitStack:
+    stack = contextlib.ExitStack()
+    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    return stack
+
+
 def framework(base: nn.Module, experts: list[nn.Module], full: bool) -> nn.Module:
     """The framework's SMILE; it modifies what it gets, so that copying is no part of the time."""
     from fusion_bench.method import SmileUpscalingAlgorithm
 
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with quiet():
         method = SmileUpscalingAlgorithm(
             device="cpu", upscaling_accelerator=None, full_matrices=full, gate_k=GATE_K, k=K, top_k=1
         )
@@ -212,15 +220,22 @@ def resident() -> float:
 
 def figure_sweep(layers: int, repeats: int) -> None:
     base = vit(layers)
-    experts = [tuned(base, number) for number in range(8)]
     points = [(gate_k, k) for gate_k in (1, 4, 8, 16) for k in (8, 16, 32)]
+    with tempfile.TemporaryDirectory() as name:
+        pool = {}
+        for number in range(-1, 8):
+            folder = f"{name}/{number}"
+            (base if number < 0 else tuned(base, number)).save_pretrained(folder)
+            pool["_pretrained_" if number < 0 else str(number)] = {
+                "_target_": "transformers.CLIPVisionModel.from_pretrained", "pretrained_model_name_or_path": folder
+            }  # fmt: skip
 
-    def sweep(points: list[tuple[int, int]]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            for gate_k, k in points:
-                upscale(base, experts, gate_k=gate_k, k=k, store=FactorStore(folder))
+        def sweep(points: list[tuple[int, int]]) -> None:
+            with tempfile.TemporaryDirectory() as store, quiet():
+                for gate_k, k in points:
+                    SmileUpscalingAlgorithm(gate_k=gate_k, k=k, factor_cache=store).run(BaseModelPool(pool))
 
-    seconds = compare({"one point": lambda: sweep(points[-1:]), "12 points": lambda: sweep(points)}, repeats)
+        seconds = compare({"one point": lambda: sweep(points[-1:]), "12 points": lambda: sweep(points)}, repeats)
     ratio = seconds["12 points"] / seconds["one point"]
     print(f"sweep over gate_k and k, {layers} layers: {seconds}; 12 points cost {ratio:.2f}× one", flush=True)
 

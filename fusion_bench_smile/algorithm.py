@@ -124,6 +124,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
                 self._show_plan(pretrained, experts)
             return None
         store = FactorStore(self.factor_cache) if self.factor_cache else None
+        before = sum(parameter.numel() for parameter in pretrained.parameters())
         with self.profile("upscale"), _Progress() as progress:
             model = upscale(
                 pretrained,
@@ -131,9 +132,10 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
                 self.options,
                 store=store,
                 share_work=self._fabric_instance is not None,
+                in_place=not isinstance(pool._models[PRETRAINED], nn.Module),  # loaded for this alone
                 on_item=progress.show,
             )
-        before, after = (sum(p.numel() for p in m.parameters()) for m in (pretrained, model))
+        after = sum(parameter.numel() for parameter in model.parameters())
         log.info("%d experts, %d parameters, parameter ratio %.3f", len(experts), after, after / before)
         return model
 

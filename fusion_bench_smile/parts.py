@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,8 @@ from .kin import routed_class
 from .layers import DENSE
 from .plan import LayerPlan, check_finite
 from .sources import Source
-from .store import SMALLEST_RANK, FactorStore, digest
-from .workers import in_parallel
+from .store import SMALLEST_RANK, FactorStore, digest, known_digest
+from .workers import done, in_parallel
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,21 @@ class Change:
 
 
 @dataclass
+class Stored:
+    """What the store has of a change, and under which names.
+
+    Attributes:
+        keys: "delta" and "weight" (the router's own rows) → the entry's name.
+        found: of the same, the factors that are there.
+        unchanged: the two weights are the same bytes.
+    """
+
+    keys: dict[str, str] = field(default_factory=dict)
+    found: dict[str, Factors] = field(default_factory=dict)
+    unchanged: bool = False
+
+
+@dataclass
 class Factorer:
     """Makes the parts of all layers and experts, with one set of options.
 
@@ -106,21 +122,91 @@ class Factorer:
         Raises:
             PlanError: naming the expert and the tensor that is not finite.
         """
-        tiny = all(job.expert.in_factors for job in jobs)
-        return in_parallel(lambda job: self._part(*job), jobs, self.workers, one_at_a_time=tiny)
+        return in_parallel(self._begin, jobs, self.workers)
 
-    def _part(self, layer: LayerPlan, base: Base, expert: Source, label: str) -> ExpertPart:
-        bias_name, bias = f"{layer.name}.bias", None
-        if base.bias is not None and not expert.is_base(bias_name):
-            tuned = self._counted(expert.read(bias_name))
-            check_finite(tuned, bias_name, label)
-            bias = self._bias(base, tuned)
+    def _begin(self, job: Job) -> Future[ExpertPart] | Callable[[], ExpertPart]:
+        """The part, where no large matrix has to be factored for it, or what makes it."""
+        ranks, name = self._ranks(job.layer), f"{job.layer.name}.weight"
+        if "weight" not in ranks:
+            pair = job.expert.low_rank(name) if job.layer.k != DENSE else None
+            if pair is not None:
+                return done(self._part(job, self._factored_change(job, pair, ranks["delta"])))
+            if job.expert.is_base(name):
+                return done(self._part(job, Change()))
+        stored = self._look_up(job, ranks)
+        missing = ranks.keys() - stored.found.keys() - ({"delta"} if stored.unchanged else set())
+        if self.store and not missing and (job.layer.k != DENSE or stored.unchanged):
+            return done(self._part(job, self._change(job, stored.found.get("delta"), stored.found.get("weight"))))
+        return lambda: self._part(job, self._computed(job, ranks, stored))
+
+    def _ranks(self, layer: LayerPlan) -> dict[str, int]:
+        """What has to be factored, at which rank: the delta; the fine-tuned weight, if the router's rows are of it."""
         gate_k = layer.gate_k if self.with_router else 0
         shared = self.config.routing_use_diff  # the router's rows are the first ones of the delta's factors
-        change = self._change(
-            layer, base, expert, label, needed=max(layer.k, gate_k if shared else 0), own_gate=0 if shared else gate_k
-        )
+        ranks = {"delta": max(layer.k, gate_k if shared else 0), "weight": 0 if shared else gate_k}
+        return {kind: rank for kind, rank in ranks.items() if rank > 0}
+
+    def _look_up(self, job: Job, ranks: Mapping[str, int]) -> Stored:
+        if self.store is None:
+            return Stored()
+        name = f"{job.layer.name}.weight"
+        start = job.base.hash()
+        end = known_digest(job.expert.identity(name), lambda: job.base.matrix(self._counted(job.expert.read(name))))
+        unchanged, made_of = start == end, {"delta": ("delta", start, end), "weight": ("weight", end)}
+        keys = {kind: self.store.key(*made_of[kind]) for kind in ranks if kind == "weight" or not unchanged}
+        looked_up = {kind: self.store.get(key, ranks[kind]) for kind, key in keys.items()}
+        device = self.config.compute_device
+        found = {
+            kind: Factors(*(tensor.to(device) for tensor in factors)) for kind, factors in looked_up.items() if factors
+        }
+        return Stored(keys, found, unchanged)
+
+    def _computed(self, job: Job, ranks: Mapping[str, int], stored: Stored) -> Change:
+        name = f"{job.layer.name}.weight"
+        tuned = job.base.matrix(job.expert.read(name))
+        if self.store is None:
+            self._counted(tuned)
+        check_finite(tuned, name, job.label)
+        dtype = torch.promote_types(torch.promote_types(tuned.dtype, job.base.weight.dtype), torch.float32)
+        weight, start = (tensor.to(self.config.compute_device, dtype) for tensor in (tuned, job.base.weight))
+
+        def factors(kind: str, matrix: Tensor) -> Factors | None:
+            if kind not in ranks:
+                return None
+            return stored.found.get(kind) or self._factor(matrix, ranks[kind], stored.keys.get(kind))
+
+        gate = factors("weight", weight)
+        if torch.equal(weight, start):
+            return Change(gate=gate)
+        delta = weight - start
+        return self._change(job, factors("delta", delta), gate, dense=delta if job.layer.k == DENSE else None)
+
+    def _change(self, job: Job, delta: Factors | None, gate: Factors | None, dense: Tensor | None = None) -> Change:
+        if dense is not None or delta is None or not delta.rank:
+            return Change(delta if dense is not None else None, dense, gate)
+        return Change(delta, gate=gate, energy=delta.energy(job.layer.k))
+
+    def _factored_change(self, job: Job, pair: Sequence[Tensor], rank: int) -> Change:
+        for tensor in pair:
+            check_finite(self._counted(tensor), f"{job.layer.name}.weight", job.label)
+        b, a = (tensor.to(self.config.compute_device) for tensor in pair)
+        factors = low_rank_svd(b, a)
+        if factors.rank == 0:
+            return Change()
+        return Change(factors.truncated(rank), energy=factors.energy(job.layer.k))
+
+    def _factor(self, matrix: Tensor, rank: int, key: str | None) -> Factors:
+        if self.store is None or key is None:
+            return truncated_svd(matrix, rank)
+        asked = max(rank, min(SMALLEST_RANK, *matrix.shape))
+        factors = truncated_svd(matrix, asked)
+        self.store.put(key, factors, asked)
+        return factors.truncated(rank)
+
+    def _part(self, job: Job, change: Change) -> ExpertPart:
+        layer, base = job.layer, job.base
         factors, gate, dense = change.factors, change.gate, change.dense
+        gate_k = layer.gate_k if self.with_router else 0
 
         def stored(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(base.weight.device, base.weight.dtype)
@@ -136,75 +222,22 @@ class Factorer:
             down=stored(factors.down[0 if gate else min(gate_rank, rank) : rank]) if factors else None,
             up=stored(factors.up[:, :rank]) if factors and low_rank else None,
             dense=stored(dense),
-            bias=bias,
+            bias=self._bias(job),
             energy=change.energy,
         )
 
-    def _change(self, layer: LayerPlan, base: Base, expert: Source, label: str, needed: int, own_gate: int) -> Change:
-        name = f"{layer.name}.weight"
-        if layer.k != DENSE and not own_gate:
-            pair = expert.low_rank(name)
-            if pair is not None:
-                for tensor in pair:
-                    check_finite(self._counted(tensor), name, label)
-                return self._factored_change(pair, needed, layer.k)
-        if expert.is_base(name) and not own_gate:
-            return Change()
-        tuned = base.matrix(self._counted(expert.read(name)))
-        dtype = torch.promote_types(torch.promote_types(tuned.dtype, base.weight.dtype), torch.float32)
-        weight, start = (tensor.to(self.config.compute_device, dtype) for tensor in (tuned, base.weight))
-
-        def checked() -> Tensor:
-            check_finite(tuned, name, label)  # what is found in the store was finite
-            return weight
-
-        # what the store's keys are made of also tells whether anything changed
-        digests = (base.hash(), digest(tuned)) if self.store else ("", "")
-        same = (
-            digests[0] == digests[1] if self.store and tuned.dtype == base.weight.dtype else torch.equal(weight, start)
-        )
-        change = Change()
-        if not same:
-            factors = None
-            if needed:
-                factors = self._factor(lambda: checked() - start, needed, ("delta", *digests, str(dtype)))
-            if layer.k == DENSE:
-                change = Change(factors, dense=checked() - start)
-            elif factors and factors.rank:
-                change = Change(factors, energy=factors.energy(layer.k))
-        if own_gate:
-            gate = self._factor(checked, own_gate, ("weight", digests[1], str(dtype)))
-            change = replace(change, gate=gate)
-        return change
-
-    def _counted(self, tensor: Tensor) -> Tensor:
-        with self._lock:
-            self.bytes_read += tensor.nbytes
-        return tensor
-
-    def _bias(self, base: Base, tuned: Tensor) -> Tensor | None:
-        assert base.bias is not None
+    def _bias(self, job: Job) -> Tensor | None:
+        name, base = f"{job.layer.name}.bias", job.base
+        if base.bias is None or job.expert.is_base(name):
+            return None
+        tuned = self._counted(job.expert.read(name))
+        check_finite(tuned, name, job.label)
         if torch.equal(base.bias, tuned.to(base.bias.device, base.bias.dtype)):
             return None
         delta = tuned.to(base.bias.device, torch.promote_types(tuned.dtype, torch.float32)) - base.bias
         return delta.to(base.weight.dtype)
 
-    def _factored_change(self, pair: Sequence[Tensor], needed: int, k: int) -> Change:
-        b, a = (tensor.to(self.config.compute_device) for tensor in pair)
-        factors = low_rank_svd(b, a)
-        if factors.rank == 0:
-            return Change()
-        return Change(factors.truncated(needed), energy=factors.energy(k))
-
-    def _factor(self, matrix: Callable[[], Tensor], rank: int, made_of: tuple[str, ...]) -> Factors:
-        if self.store is None:
-            return truncated_svd(matrix(), rank)
-        key = self.store.key(*made_of)
-        found = self.store.get(key, rank)
-        if found is not None:
-            return Factors(*(tensor.to(self.config.compute_device) for tensor in found))
-        work = matrix()
-        asked = max(rank, min(SMALLEST_RANK, *work.shape))
-        factors = truncated_svd(work, asked)
-        self.store.put(key, factors, asked)
-        return factors.truncated(rank)
+    def _counted(self, tensor: Tensor) -> Tensor:
+        with self._lock:
+            self.bytes_read += tensor.nbytes
+        return tensor

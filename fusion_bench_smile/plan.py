@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import cast
 
 import torch
@@ -134,15 +135,15 @@ def make_plan(pretrained: nn.Module, num_experts: int, config: SmileConfig) -> P
     return Plan(layers, num_experts, tensors, _rest(pretrained, chosen), kept, parameters)
 
 
-def estimated_seconds(plan: Plan, factor: Callable[[Tensor, int], object], workers: int) -> float:
+def estimated_seconds(plan: Plan, factor: Callable[[Tensor, int], tuple[Tensor, ...]], workers: int) -> float:
     """How long factoring will take: each worker tries each shape of layer on noise, the hardest case."""
     seconds: dict[tuple[int, int, int], float] = {}
     for layer in plan.layers:
         shape = (layer.out_features, layer.in_features, layer.rank)
         if shape not in seconds and layer.rank > 0:
-            trials = [(torch.randn(shape[:2]), layer.rank)] * workers
+            noise = torch.randn(shape[:2])
             began = time.perf_counter()
-            list(in_parallel(lambda trial: factor(*trial), trials, workers))
+            list(in_parallel(lambda rank: partial(factor, noise, rank), [layer.rank] * workers, workers))  # noqa: B023
             seconds[shape] = (time.perf_counter() - began) / workers
     shapes = [(layer.out_features, layer.in_features, layer.rank) for layer in plan.layers]
     return plan.num_experts * sum(seconds.get(shape, 0.0) for shape in shapes)

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,14 +39,16 @@ UNREADABLE = (
 class Source(Protocol):
     """One model's tensors by their state-dict names."""
 
-    in_factors: bool  # whether most deltas are known in factors
-
     def shapes(self) -> Shapes:
         """Name and shape of every tensor, without reading any."""
         ...
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU or where the model is."""
+        ...
+
+    def identity(self, name: str) -> Hashable | None:
+        """What tells a tensor apart without reading it; None where only its bytes do."""
         ...
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
@@ -61,8 +63,6 @@ class Source(Protocol):
 class StateSource:
     """Tensors that are in memory already."""
 
-    in_factors = False
-
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self._state = {name: tensor.detach() for name, tensor in state.items()}
 
@@ -71,6 +71,9 @@ class StateSource:
 
     def read(self, name: str) -> Tensor:
         return self._state[name]
+
+    def identity(self, name: str) -> None:
+        return None
 
     def low_rank(self, name: str) -> None:
         return None
@@ -95,8 +98,6 @@ class FilesSource:
     Raises:
         PlanError: naming the file that is missing, incomplete or corrupt.
     """
-
-    in_factors = False
 
     def __init__(
         self,
@@ -139,6 +140,10 @@ class FilesSource:
             tensor = self._open[1].get_tensor(self._stored_name[name])
             self._mapped += tensor.nbytes
         return tensor.to(self._dtype) if self._dtype and tensor.is_floating_point() else tensor
+
+    def identity(self, name: str) -> Hashable:
+        stat = self._files[name].stat()
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, self._stored_name[name], self._dtype
 
     def low_rank(self, name: str) -> None:
         return None
@@ -190,8 +195,6 @@ class AdapterSource:
         PlanError: for another kind of adapter (named), one that needs another base, or a damaged one.
     """
 
-    in_factors = True
-
     def __init__(self, folder: str | os.PathLike[str], base: Source) -> None:
         self._base, folder = base, Path(folder)
         settings = _adapter_settings(folder)
@@ -241,6 +244,9 @@ class AdapterSource:
         delta = (factors[0] @ factors[1]).to(base.device)
         delta = delta.T if "lora_embedding_" in self._factored[name][1] else delta
         return (base.to(delta.dtype) + delta).to(base.dtype)
+
+    def identity(self, name: str) -> None:
+        return None
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
         if name not in self._factored:

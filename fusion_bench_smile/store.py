@@ -6,6 +6,7 @@ import logging
 import os
 import tempfile
 import threading
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,6 +32,18 @@ def digest(tensor: Tensor) -> str:
     return xxhash.xxh3_128(
         data.reshape(-1).view(torch.uint8).numpy().data, seed=xxhash.xxh32_intdigest(head)
     ).hexdigest()
+
+
+_digests: dict[Hashable, str] = {}
+
+
+def known_digest(identity: Hashable | None, tensor: Callable[[], Tensor]) -> str:
+    """The digest of a tensor; one that has an identity is read once in this process, however long the sweep."""
+    if identity is None:
+        return digest(tensor())
+    if identity not in _digests:
+        _digests[identity] = digest(tensor())
+    return _digests[identity]
 
 
 class FactorStore:
@@ -60,7 +73,6 @@ class FactorStore:
         factors = self._read(self._folder / f"{key}.safetensors", rank)
         with self._lock:
             self.hits += factors is not None
-            self.misses += factors is None
         return factors
 
     def _read(self, file: Path, rank: int) -> Factors | None:
@@ -84,6 +96,8 @@ class FactorStore:
 
     def put(self, key: str, factors: Factors, asked: int) -> None:
         """Keep factors that were asked for at rank `asked`; fewer than that means there are no more."""
+        with self._lock:
+            self.misses += 1
         if not self._writable:
             return
         notes = {

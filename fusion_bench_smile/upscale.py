@@ -39,6 +39,7 @@ def upscale(
     *,
     store: FactorStore | None = None,
     share_work: bool = False,
+    in_place: bool = False,
     on_item: OnItem | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -48,7 +49,7 @@ def upscale(
     all other parameters, stay the pretrained ones (or are averaged, with ``average_experts``).
 
     Args:
-        pretrained: the common ancestor. It is copied, never modified.
+        pretrained: the common ancestor. It is copied, not modified, unless `in_place` is set.
         experts: name → fine-tuned model; a sequence gets the names "0", "1", …. Each is a module, a state dict, a
             folder with safetensors files (read tensor by tensor) or a PEFT LoRA adapter (never merged), or a function
             that loads one of these: it is called once, and what it loaded is dropped before the next one is loaded.
@@ -56,11 +57,13 @@ def upscale(
         store: where factors are kept and looked up; None factors everything.
         share_work: divide the work among the processes of torch.distributed's default group. All of them must call
             this with the same models, and all get the same model.
+        in_place: build in `pretrained` itself, for a caller who has no other use for it. What is refused, is refused
+            before it is touched.
         on_item: called after each (expert, layer) pair that this process has factored, with how many it has done and
             how many it has to do.
 
     Returns:
-        A new model of the same class, on the pretrained model's devices and in its dtypes.
+        A model of the same class, on the pretrained model's devices and in its dtypes; a new one, unless `in_place`.
 
     Raises:
         ConfigError: for an option that can't work.
@@ -76,7 +79,7 @@ def upscale(
     except Exception as problem:
         error = problem
     share.agree(error)
-    upscaled = deepcopy(pretrained)
+    upscaled = pretrained if in_place else deepcopy(pretrained)
     energies = replace_layers(upscaled, plan, taken, share, config)
     _set_averages(upscaled, share.exchange(taken.sums)[0], len(named))
     describe(upscaled, config, tuple(named))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -24,23 +25,35 @@ def workers_for(bytes_each: int) -> int:
     return max(1, min(torch.get_num_threads(), IN_FLIGHT_BYTES // max(bytes_each, 1)))
 
 
-def in_parallel(
-    function: Callable[[T], R], items: Sequence[T], workers: int, one_at_a_time: bool = False
-) -> Iterator[R]:
-    """`function` of every item, in their order, without gradients.
+def in_parallel(begin: Callable[[T], Future[R] | Callable[[], R]], items: Iterable[T], workers: int) -> Iterator[R]:
+    """The result of every item, in their order, without gradients.
 
     Small decompositions hardly gain from a second thread, so torch's threads are divided among the workers. That holds
     for the whole process, until the last result was taken.
 
     Args:
-        one_at_a_time: leave all but one worker idle. Tiny items only wait for the interpreter's lock; their results
-            are the same to the last bit, because each has as many threads as it would have beside others.
+        begin: gives a function that makes an item's result, for one of the workers; or, as `done`, the result. What
+            takes but a moment is better done at once: threads with little to do wait for the interpreter's lock.
     """
-    threads, work = torch.get_num_threads(), torch.no_grad()(function)
+    threads, waiting = torch.get_num_threads(), deque[Future[R]]()
     pool = ThreadPoolExecutor(workers)
     torch.set_num_threads(max(1, threads // workers))
     try:
-        yield from (map if one_at_a_time else pool.map)(work, items)
+        for item in items:
+            with torch.no_grad():
+                begun = begin(item)
+            waiting.append(begun if isinstance(begun, Future) else pool.submit(torch.no_grad()(begun)))
+            while waiting and waiting[0].done():
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def done(result: R) -> Future[R]:
+    """A result that is there already."""
+    future: Future[R] = Future()
+    future.set_result(result)
+    return future

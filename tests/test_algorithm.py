@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from conftest import clip_tower, experts_of, mlp, mlp_inputs, output
+from conftest import clip_inputs, clip_tower, experts_of, mlp, mlp_inputs, output
 from fusion_bench.modelpool import BaseModelPool
 from lightning import Fabric
 
@@ -20,6 +22,35 @@ def test_accepts_what_the_frameworks_algorithms_do(kind):
     result = SmileUpscalingAlgorithm(gate_k=2, k=4, top_k=2).run(models)
     expected = upscale(base, experts, gate_k=2, k=4, top_k=2)
     assert torch.equal(output(result, (x := mlp_inputs())), output(expected, x))
+
+
+def test_a_pretrained_model_that_the_pool_loads_is_not_held_twice(tmp_path):
+    base = clip_tower()
+    base.save_pretrained(tmp_path)
+    loaded = []
+
+    class Pool(BaseModelPool):
+        def load_model(self, name, *arguments, **options):
+            loaded.append(super().load_model(name, *arguments, **options))
+            return loaded[-1]
+
+    entry = {"_target_": "transformers.CLIPVisionModel.from_pretrained", "pretrained_model_name_or_path": str(tmp_path)}
+    experts = {str(number): expert for number, expert in enumerate(experts_of(base))}
+    result = SmileUpscalingAlgorithm(gate_k=2, k=4).run(Pool({"_pretrained_": entry, **experts}))
+    assert result is loaded[0]
+    expected = upscale(base, experts, gate_k=2, k=4)
+    assert torch.equal(output(result, (x := clip_inputs())), output(expected, x))
+
+
+def test_what_is_refused_leaves_a_model_that_may_be_changed_as_it_was():
+    base = mlp()
+    before = copy.deepcopy(base.state_dict())
+    broken = experts_of(base)
+    broken[-1][-1].weight.data[0, 0] = torch.nan
+    with pytest.raises(PlanError, match="NaN"):
+        upscale(base, broken, gate_k=2, k=4, in_place=True)
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
 
 
 def test_runs_inside_fabric_and_profiles_its_phases():

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import clip_inputs, clip_tower, experts_of, output
+from safetensors.torch import save_file
 
 from fusion_bench_smile import FactorStore, upscale
 from fusion_bench_smile.factors import truncated_svd
-from fusion_bench_smile.store import digest
+from fusion_bench_smile.sources import FilesSource
+from fusion_bench_smile.store import digest, known_digest
 
 
 def upscaled(store: FactorStore | None, **options) -> torch.Tensor:
@@ -43,6 +45,28 @@ def test_every_point_of_a_sweep_is_found_after_the_first(tmp_path):
         for gate_k in (1, 4, 16):
             torch.testing.assert_close(upscaled(store, k=k, gate_k=gate_k), upscaled(None, k=k, gate_k=gate_k))
     assert store.misses == 0
+
+
+def test_a_sweep_reads_the_weights_of_a_file_once_unless_it_changed(tmp_path, monkeypatch):
+    def save(values: torch.Tensor) -> None:
+        save_file({"weight": values}, tmp_path / "new")
+        os.replace(tmp_path / "new", tmp_path / "model.safetensors")
+
+    first, second = torch.randn(2, 4, 6)
+    save(first)
+    reads = []
+    read = FilesSource.read
+    monkeypatch.setattr(FilesSource, "read", lambda self, name: reads.append(name) or read(self, name))
+
+    def known() -> str:
+        source = FilesSource(tmp_path)
+        return known_digest(source.identity("weight"), lambda: source.read("weight"))
+
+    assert [known(), known()] == [digest(first)] * 2
+    assert len(reads) == 1
+    save(second)
+    assert known() == digest(second)
+    assert known_digest(None, lambda: first) == digest(first)
 
 
 def test_a_larger_rank_replaces_an_entry_and_a_complete_one_serves_all(tmp_path):
