@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import copy
 import gc
-import io
 import os
 import statistics
 import subprocess
@@ -63,8 +62,9 @@ def tuned(base: nn.Module, number: int) -> nn.Module:
 
 def quiet() -> contextlib.ExitStack:
     stack = contextlib.ExitStack()
-    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-    stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    nowhere = stack.enter_context(Path(os.devnull).open("w"))
+    stack.enter_context(contextlib.redirect_stdout(nowhere))
+    stack.enter_context(contextlib.redirect_stderr(nowhere))
     return stack
 
 

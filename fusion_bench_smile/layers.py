@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 DENSE = -1
 ROUTED = ("gate", "down", "up", "dense", "expert_bias")
 # multiply-adds that must be saved for each expert before handling its tokens apart pays, on a CPU
-SAVED_FROM = 1_000_000
+SAVED_FROM = 8_000_000
+SAME_TIME = 8
 Execution = Literal["auto", "grouped", "masked"]
 
 
@@ -49,23 +51,23 @@ class SmileLayout:
     def num_experts(self) -> int:
         return len(self.ranks)
 
-    @property
+    @cached_property
     def low_ranks(self) -> tuple[int, ...]:
         return tuple(max(rank, 0) for rank in self.ranks)
 
-    @property
+    @cached_property
     def shared_ranks(self) -> tuple[int, ...]:
         """For each expert how many of its directions are router rows."""
         if not self.shared_router:
             return (0,) * self.num_experts
         return tuple(min(k, g) for k, g in zip(self.low_ranks, self.gate_ranks, strict=True))
 
-    @property
+    @cached_property
     def down_rows(self) -> tuple[int, ...]:
         """For each expert the directions that are no router rows."""
         return tuple(k - s for k, s in zip(self.low_ranks, self.shared_ranks, strict=True))
 
-    @property
+    @cached_property
     def dense_experts(self) -> tuple[int, ...]:
         return tuple(i for i, rank in enumerate(self.ranks) if rank == DENSE)
 
@@ -171,7 +173,8 @@ class Routed(nn.Module):
         tokens = x.numel() // columns
         dense = len(layout.dense_experts) * columns * out
         low = sum(layout.down_rows) * columns + sum(layout.low_ranks) * out
-        saved = (dense + low) * (1 - layout.top_k / layout.num_experts) * tokens
+        # few tokens take as long as SAME_TIME of them: the weights have to be read
+        saved = (dense + low) * (1 - layout.top_k / layout.num_experts) * max(tokens, SAME_TIME)
         return saved > SAVED_FROM * min(layout.num_experts, tokens * layout.top_k)
 
     def scores(self, x: Tensor) -> Tensor:
@@ -196,6 +199,8 @@ class Routed(nn.Module):
         if self.gate is None:
             return None
         dtype = torch.promote_types(x.dtype, torch.float32)
+        if not torch.is_autocast_enabled(x.device.type):
+            return self.project(x.to(dtype), self.gate.to(dtype))
         with torch.autocast(x.device.type, enabled=False):
             return self.project(x.to(dtype), self.gate.to(dtype))
 
@@ -209,14 +214,13 @@ class Routed(nn.Module):
         layout = self.layout
         weights = self._weights(out, projected)  # (…, T)
         if self.up is not None:
-            hidden = self._weighted_directions(x, projected, weights)
-            out = out + F.linear(hidden.to(self.up.dtype), self.up)
+            out = _plus_product(out, self._weighted_directions(x, projected, weights), self.up.mT)
         weights = weights.to(out.dtype)
         if self.dense is not None:
             for row, expert in enumerate(layout.dense_experts):
                 out = out + weights[..., expert, None] * self.project(x, self.dense[row])
         if self.expert_bias is not None:
-            out = out + weights @ self.expert_bias.to(out.dtype)
+            out = _plus_product(out, weights, self.expert_bias)
         return out
 
     def _weighted_directions(self, x: Tensor, projected: Tensor | None, weights: Tensor) -> Tensor:
@@ -238,39 +242,46 @@ class Routed(nn.Module):
         layout = self.layout
         tokens, summed = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
         projected = projected.flatten(0, -2) if projected.ndim > 1 else projected[None]
-        chosen, share = self.chosen(self._scores(projected))  # (N, top_k)
-        order = chosen.flatten().argsort(stable=True)
-        counts = chosen.flatten().bincount(minlength=layout.num_experts).tolist()
-        for expert, mine in enumerate(order.split(counts)):
-            token = mine if layout.top_k == 1 else mine // layout.top_k
-            added = self._expert(expert, tokens, projected, token) if len(mine) else None
+        chosen, share = (each.flatten() for each in self.chosen(self._scores(projected)))  # (N·top_k,)
+        order = chosen.argsort(stable=True)
+        counts = chosen.bincount(minlength=layout.num_experts).tolist()
+        token = order if layout.top_k == 1 else order // layout.top_k
+        shared = self._shared_columns(projected, token, chosen.index_select(0, order), counts)
+        of_experts = zip(order.split(counts), token.split(counts), shared, strict=True)
+        for expert, (entry, mine, columns) in enumerate(of_experts):
+            added = self._expert(expert, tokens, mine, columns) if len(mine) else None
             if added is not None:
-                added = added if layout.top_k == 1 else added * share.flatten()[mine, None].to(added.dtype)
-                summed.index_add_(0, token, added.to(out.dtype))
+                added = added if layout.top_k == 1 else added * share[entry, None].to(added.dtype)
+                summed.index_add_(0, mine, added.to(out.dtype))
         return out
 
-    def _expert(self, expert: int, tokens: Tensor, projected: Tensor, token: Tensor) -> Tensor | None:
-        """What one expert adds to some tokens: (n, out); None if nothing."""
-        layout, added = self.layout, None
-        rank, shared, own = layout.ranks[expert], layout.shared_ranks[expert], layout.down_rows[expert]
+    def _shared_columns(self, projected: Tensor, token: Tensor, expert: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """For each expert its directions that are router rows, of its own tokens: (n, shared rank)."""
+        layout = self.layout
+        if not _uniform(layout.gate_ranks):
+            each = projected.split(list(layout.gate_ranks), dim=-1)
+            mine = zip(each, token.split(counts), layout.shared_ranks, strict=True)
+            return [columns[:, :rank].index_select(0, tokens) for columns, tokens, rank in mine]
+        rows = projected.reshape(-1, layout.gate_ranks[0])  # (N·T, gate rank): one gather for all experts
+        gathered = rows.index_select(0, token * layout.num_experts + expert).split(counts)
+        return [columns[:, :rank] for columns, rank in zip(gathered, layout.shared_ranks, strict=True)]
+
+    def _expert(self, expert: int, tokens: Tensor, token: Tensor, shared: Tensor) -> Tensor | None:
+        """What one expert adds to some tokens, of which `shared` is known: (n, out); None if nothing."""
+        layout = self.layout
+        rank, own = layout.ranks[expert], layout.down_rows[expert]
+        bias = None if self.expert_bias is None else self.expert_bias[expert]
         if self.dense is not None and rank == DENSE:
-            row = layout.dense_experts.index(expert)
-            added = F.linear(tokens.index_select(0, token), self.dense[row])
-        elif self.up is not None and rank > 0:
-            hidden = []
-            if shared:
-                start = sum(layout.gate_ranks[:expert])
-                hidden.append(projected[:, start : start + shared].index_select(0, token))
+            return F.linear(tokens.index_select(0, token), self.dense[layout.dense_experts.index(expert)], bias)
+        if self.up is not None and rank > 0:
+            hidden = [shared]
             if self.down is not None and own:
                 start = sum(layout.down_rows[:expert])
                 hidden.append(F.linear(tokens.index_select(0, token), self.down[start : start + own]))
             start = sum(layout.low_ranks[:expert])
             joined = torch.cat(hidden, dim=-1) if len(hidden) > 1 else hidden[0]
-            added = F.linear(joined.to(self.up.dtype), self.up[:, start : start + rank])
-        if self.expert_bias is not None:
-            bias = self.expert_bias[expert]
-            return bias.expand(len(token), -1) if added is None else added + bias.to(added.dtype)
-        return added
+            return F.linear(joined.to(self.up.dtype), self.up[:, start : start + rank], bias)
+        return None if bias is None else bias.expand(len(token), -1)
 
     def _weights(self, out: Tensor, projected: Tensor | None) -> Tensor:
         """What each expert contributes to each token: (…, T), at most `top_k` of them not zero."""
@@ -335,6 +346,12 @@ class SmileConv2d(Routed, nn.Conv2d):
         """Map (…, C, H, W) to (…, out, H', W')."""
         plain = self._conv_forward(x, self.weight, self.bias)
         return self.route(x, plain.movedim(-3, -1)).movedim(-1, -3)
+
+
+def _plus_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """out (…, n) + left (…, m) @ right (m, n), in `right`'s dtype."""
+    flat = torch.addmm(out.reshape(-1, out.shape[-1]), left.reshape(-1, left.shape[-1]).to(right.dtype), right)
+    return flat.reshape(out.shape)
 
 
 def _blocks(columns: Tensor, sizes: Sequence[int], keep: Sequence[int]) -> list[Tensor]:
