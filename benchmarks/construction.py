@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -60,12 +60,14 @@ def tuned(base: nn.Module, number: int) -> nn.Module:
     return expert
 
 
-def quiet() -> contextlib.ExitStack:
-    stack = contextlib.ExitStack()
-    nowhere = stack.enter_context(Path(os.devnull).open("w"))
-    stack.enter_context(contextlib.redirect_stdout(nowhere))
-    stack.enter_context(contextlib.redirect_stderr(nowhere))
-    return stack
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 def framework(base: nn.Module, experts: list[nn.Module], full: bool) -> nn.Module:

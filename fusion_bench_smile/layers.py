@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 DENSE = -1
 ROUTED = ("gate", "down", "up", "dense", "expert_bias")
-# multiply-adds that must be saved for each expert before handling its tokens apart pays, on a CPU
-SAVED_FROM = 8_000_000
+# On a CPU, handling an expert's tokens apart costs as much as these multiply-adds, and several times as much where what
+# it gives must be weighted; few tokens take as long as SAME_TIME of them, because the weights have to be read.
+SAVED_FROM, SAVED_FROM_WEIGHTED = 10_000_000, 40_000_000
 SAME_TIME = 8
 Execution = Literal["auto", "grouped", "masked"]
 
@@ -173,9 +174,9 @@ class Routed(nn.Module):
         tokens = x.numel() // columns
         dense = len(layout.dense_experts) * columns * out
         low = sum(layout.down_rows) * columns + sum(layout.low_ranks) * out
-        # few tokens take as long as SAME_TIME of them: the weights have to be read
         saved = (dense + low) * (1 - layout.top_k / layout.num_experts) * max(tokens, SAME_TIME)
-        return saved > SAVED_FROM * min(layout.num_experts, tokens * layout.top_k)
+        each = SAVED_FROM if layout.top_k == 1 else SAVED_FROM_WEIGHTED
+        return saved > each * min(layout.num_experts, tokens * layout.top_k)
 
     def scores(self, x: Tensor) -> Tensor:
         """Router scores ‖V_gateᵢᵀ x‖₂ of every token of x: (…, T), in float32 or, for float64 input, float64.
@@ -349,9 +350,11 @@ class SmileConv2d(Routed, nn.Conv2d):
 
 
 def _plus_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """out (…, n) + left (…, m) @ right (m, n), in `right`'s dtype."""
-    flat = torch.addmm(out.reshape(-1, out.shape[-1]), left.reshape(-1, left.shape[-1]).to(right.dtype), right)
-    return flat.reshape(out.shape)
+    """out (…, n) + left (…, m) @ right (m, n); may be written into `out`."""
+    flat, left = out.reshape(-1, out.shape[-1]), left.reshape(-1, left.shape[-1]).to(right.dtype)
+    # autocast brings different dtypes together, and export keeps sizes dynamic, but not in place
+    in_place = flat.dtype == right.dtype and not torch.compiler.is_compiling()
+    return (flat.addmm_(left, right) if in_place else torch.addmm(flat, left, right)).reshape(out.shape)
 
 
 def _blocks(columns: Tensor, sizes: Sequence[int], keep: Sequence[int]) -> list[Tensor]:
