@@ -55,9 +55,10 @@ class LayerPlan:
 
     def added(self, num_experts: int) -> int:
         """Parameters that `num_experts` experts of full rank add, without biases."""
+        gate_k = self.gate_k if num_experts > 1 else 0
         if self.k == -1:
-            return num_experts * (self.in_features * self.out_features + self.gate_k * self.in_features)
-        return num_experts * (self.rank * self.in_features + self.k * self.out_features)
+            return num_experts * (self.in_features * self.out_features + gate_k * self.in_features)
+        return num_experts * (max(self.k, gate_k) * self.in_features + self.k * self.out_features)
 
 
 @dataclass(frozen=True)

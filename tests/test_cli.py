@@ -86,13 +86,22 @@ def test_upscale_save_and_load_again(workplace):
     assert done.returncode == 0, done.stderr[-3000:]
     a, b = load(target), load(workplace.root / "own")
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-    workplace.models = {"_pretrained_": str(target)}  # a saved SMILE model is a model of any pool
     again = workplace.root / "again"
-    done = workplace.run("method=dummy", "~method.k", "~method.gate_k", f"merged_model_save_path={again}")
     loaded = workplace.run(f"method.model_path={workplace.root / 'own'}", f"merged_model_save_path={again}")
     assert loaded.returncode == 0, loaded.stderr[-3000:]
     assert "loading the upscaled model" in loaded.stdout
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), load(again).parameters(), strict=True))
+
+
+def test_a_saved_model_is_the_model_of_a_pool(workplace):
+    done = workplace.run(f"merged_model_save_path={workplace.root / 'saved'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    pool = ["modelpool=SmileCheckpoint/clip", "modelpool.path=saved", "method=dummy", "merged_model_save_path=again"]
+    done = fusion_bench(*pool, cwd=workplace.root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved, again = (load(workplace.root / name) for name in ("saved", "again"))
+    assert all(torch.equal(x, y) for x, y in zip(saved.parameters(), again.parameters(), strict=True))
+    assert "path" in fusion_bench("modelpool=SmileCheckpoint/clip", "method=dummy", cwd=workplace.root).stderr
 
 
 def test_the_frameworks_own_options_are_accepted(workplace):

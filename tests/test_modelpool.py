@@ -6,16 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import clip_inputs, clip_tower, experts_of, output, t5, t5_inputs
+from conftest import clip_inputs, clip_tower, experts_of, output, t5, t5_inputs, tied_llama
 from fusion_bench.modelpool import BaseModelPool, CLIPVisionModelPool, Seq2SeqLMPool
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
 
-from fusion_bench_smile import PlanError, SmileUpscalingAlgorithm, upscale
+from fusion_bench_smile import PlanError, SmileUpscalingAlgorithm, save, upscale
 from fusion_bench_smile.embedded import load_pretrained
 from fusion_bench_smile.modelpool import expert_of, load_model
 
 TARGET = "transformers.CLIPVisionModel.from_pretrained"
+
+
+def llama_inputs() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(1, 40, (3, 7))}
 
 
 @pytest.fixture
@@ -116,3 +121,28 @@ def test_the_embedded_experts_are_read_as_factors():
     merged = upscale(pretrained, {"digits": load_model(pool, "digits")}, k=16, gate_k=8)
     x = {"pixel_values": torch.randn(4, 3, 28, 28)}
     torch.testing.assert_close(output(ours.eval(), x), output(merged.eval(), x), rtol=1e-4, atol=1e-4)
+
+
+CONFIG = Path(__file__).parent.parent / "config" / "modelpool"
+
+
+@pytest.mark.parametrize(
+    ("entry", "make", "inputs"),
+    [("clip", clip_tower, clip_inputs), ("seq2seq_lm", t5, t5_inputs), ("causal_lm", tied_llama, llama_inputs)],
+)
+def test_pools_of_saved_checkpoints(tmp_path, entry, make, inputs):
+    base = make()
+    model = upscale(base, experts_of(base), gate_k=2, k=4)
+    save(model, tmp_path)
+    config = OmegaConf.load(CONFIG / "SmileCheckpoint" / f"{entry}.yaml")
+    config.path = str(tmp_path)
+    loaded = instantiate(config).load_model("_pretrained_")
+    assert torch.equal(output(loaded, (x := inputs())), output(model, x))
+
+
+@pytest.mark.parametrize(("entry", "experts"), [("m0_1", 1), ("m0_2", 1), ("m0_3", 1), ("m0_123", 3)])
+def test_the_papers_mistral_pools(entry, experts):
+    pool = instantiate(OmegaConf.load(CONFIG / "SmileMistral" / f"{entry}.yaml"))
+    assert type(pool).__name__ == "CausalLMPool"
+    assert len(pool.model_names) == experts
+    assert pool.get_model_path("_pretrained_") == "mistralai/Mistral-7B-v0.1"

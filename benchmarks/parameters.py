@@ -1,0 +1,66 @@
+"""Parameters of upscaled models, counted on the meta device: the framework's layout, and ours.
+
+    python benchmarks/parameters.py        # Mistral-7B (the paper's table), ViT-B/32, Flan-T5-base
+
+The framework stores a router of its own for every layer, also for one expert; ours is the first rows of the experts'
+own factors, and a single expert needs none. Biases are left out, as in the paper. The report is Markdown.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from fusion_bench_smile.config import SmileConfig
+from fusion_bench_smile.plan import make_plan
+
+# (experts, gate_k, k) of each row
+MISTRAL = [(1, 8, 8), (1, 8, 16), (1, 8, 32), (1, 8, 64), (1, 8, 128), (1, 8, 256), (1, 8, 512), (3, 8, 8), (3, 8, 512)]
+SMALLER = [(8, 4, 16), (8, 16, 32), (8, 8, 8)]
+
+
+def models() -> dict[str, tuple[nn.Module, list[str], list[tuple[int, int, int]]]]:
+    t5 = T5Config(
+        vocab_size=32128, d_model=768, d_kv=64, d_ff=2048, num_layers=12, num_decoder_layers=12, num_heads=12,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return {
+            "Mistral-7B": (MistralForCausalLM(MistralConfig()), ["lm_head"], MISTRAL),
+            "CLIP ViT-B/32": (CLIPVisionModel(CLIPVisionConfig()), [], SMALLER),
+            "Flan-T5-base": (T5ForConditionalGeneration(t5), ["lm_head"], SMALLER),
+        }
+
+
+def counts(model: nn.Module, excluded: list[str], experts: int, gate_k: int, k: int) -> tuple[int, int, int]:
+    """Parameters of the pretrained model, of the framework's upscaled one, and of ours."""
+    plan = make_plan(model, experts, SmileConfig(gate_k=gate_k, k=k, exclude_modules=excluded))
+    theirs = experts * sum(
+        layer.k * (layer.in_features + layer.out_features) + layer.gate_k * layer.in_features for layer in plan.layers
+    )
+    ours = sum(layer.added(experts) for layer in plan.layers)
+    return plan.parameters, plan.parameters + theirs, plan.parameters + ours
+
+
+def main() -> None:
+    print("| model | experts | gate_k | k | pretrained | framework | ratio | ours | ratio |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for name, (model, excluded, rows) in models().items():
+        for experts, gate_k, k in rows:
+            base, theirs, ours = counts(model, excluded, experts, gate_k, k)
+            print(
+                f"| {name} | {experts} | {gate_k} | {k} | {base:,} | {theirs:,} | {theirs / base:.3f} | {ours:,} | "
+                f"{ours / base:.3f} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
