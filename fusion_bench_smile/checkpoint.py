@@ -36,6 +36,7 @@ from .config import SmileConfig
 from .errors import CheckpointError, PlanError
 from .kin import routed_class
 from .layers import Routed, SmileLayout
+from .recipe import MARK, Recipe, model_card
 from .sources import FilesSource
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ class Method(str, Enum):
 
 METHOD = Method.SMILE.value
 FORMAT_VERSION = 1
-PLAIN_FILE = "smile.json"
+PLAIN_FILE, CARD = "smile.json", "README.md"
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HINT = "pip install fusion-bench-smile, and import fusion_bench_smile before from_pretrained"
 
 
@@ -60,6 +62,7 @@ class SmileSection(QuantizationConfigMixin):
         layers: layer name → its layout (`SmileLayout.to_dict`).
         experts: the experts' names, in the order of the layouts.
         options: the options it was built with (`SmileConfig.to_dict`).
+        recipe: what it was made of (`Recipe.to_dict`).
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class SmileSection(QuantizationConfigMixin):
         layers: dict[str, dict[str, Any]],
         experts: list[str] | None = None,
         options: dict[str, Any] | None = None,
+        recipe: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         needs: str = HINT,
         **kwargs: Any,
@@ -75,6 +79,7 @@ class SmileSection(QuantizationConfigMixin):
         self.layers = layers
         self.experts = experts or []
         self.options = options or {}
+        self.recipe = recipe or {}
         self.format_version = format_version
         self.needs = needs
 
@@ -133,10 +138,10 @@ AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = SmileSection
 AUTO_QUANTIZER_MAPPING[METHOD] = SmileLoader
 
 
-def describe(model: nn.Module, config: SmileConfig, experts: tuple[str, ...]) -> None:
+def describe(model: nn.Module, config: SmileConfig, recipe: Recipe) -> None:
     """Write down in an upscaled model what it is, so that saving it needs nothing else."""
     layers = {n: m.layout.to_dict() for n, m in model.named_modules() if isinstance(m, Routed)}
-    section = make_section(layers, config, experts)
+    section = make_section(layers, config, recipe)
     if isinstance(model, PreTrainedModel):
         model.config.quantization_config = section
         _save_atomically(model)
@@ -144,9 +149,26 @@ def describe(model: nn.Module, config: SmileConfig, experts: tuple[str, ...]) ->
         model.smile_section = section  # type: ignore[assignment]
 
 
-def make_section(layers: dict[str, dict[str, Any]], config: SmileConfig, experts: tuple[str, ...]) -> SmileSection:
+def make_section(layers: dict[str, dict[str, Any]], config: SmileConfig, recipe: Recipe) -> SmileSection:
     """The section that describes these layouts."""
-    return SmileSection(layers, list(experts), json.loads(json.dumps(config.to_dict())))
+    options = json.loads(json.dumps(config.to_dict()))
+    return SmileSection(layers, list(recipe.sources), options, recipe.to_dict())
+
+
+def write_card(section: SmileSection, target: Path, folder: Path, base: str) -> None:
+    """Write the model card of what becomes the folder `target`, unless somebody wrote another one there.
+
+    Args:
+        folder: where it is written.
+        base: the pretrained model's path, or its name on a hub.
+    """
+    old = target / CARD
+    if old.exists() and MARK not in old.read_text(errors="replace"):
+        return
+    on_hub = bool(base) and not Path(base).exists() and HUB_NAME.fullmatch(base) is not None
+    recipe = Recipe.from_dict(section.recipe)
+    card = model_card(recipe, section.experts, section.options, base if on_hub else None, section.needs)
+    (folder / CARD).write_text(card)
 
 
 def section_of(model: nn.Module) -> SmileSection:
@@ -186,6 +208,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> None:
         else:
             save_safetensors(model, str(folder / "model.safetensors"))
             (folder / PLAIN_FILE).write_text(json.dumps(section.to_dict(), indent=1))
+        write_card(section, Path(path), folder, getattr(getattr(model, "config", None), "_name_or_path", ""))
 
 
 def load(path: str | os.PathLike[str], pretrained: nn.Module | None = None) -> nn.Module:

@@ -16,6 +16,7 @@ from .kin import plain_kind
 from .layers import DENSE, Routed
 from .parts import ExpertPart, Factorer
 from .plan import make_plan
+from .recipe import Recipe
 from .sharing import Share
 from .sources import Openable
 from .stack import Stack
@@ -38,10 +39,10 @@ def add_expert(model: nn.Module, expert: Openable, name: str) -> nn.Module:
             parameters are averages, or it was built with one expert, and so without a router that could be completed.
         CheckpointError: if `model` was not made by `upscale`.
     """
-    names, config = _recipe(model)
+    names, config, known = _recorded(model)
     if name in names:
         raise PlanError(f"there is an expert {name!r} already; the experts are: {', '.join(names)}")
-    pretrained, parts = taken_apart(model)
+    pretrained, parts = taken_apart(model, known)
     plan = make_plan(pretrained, len(names) + 1, config)
     if len(names) == 1:
         parts = {layer: [_with_router(part, config, layer)] for layer, (part,) in parts.items()}
@@ -49,8 +50,9 @@ def add_expert(model: nn.Module, expert: Openable, name: str) -> nn.Module:
     taken = Taken({layer.name: Stack(len(names) + 1, *parts.get(layer.name, unchanged)) for layer in plan.layers})
     factorer = Factorer(config, with_router=True, workers=plan.workers(config.compute_device))
     take_in(plan, pretrained, {name: expert}, factorer, Share(), taken)
-    replace_layers(pretrained, plan, taken, Share(), config)
-    describe(pretrained, config, (*names, name))
+    recipe = replace_layers(pretrained, plan, taken, Share(), config, (*names, name))
+    recipe.sources |= known.sources
+    describe(pretrained, config, recipe)
     return pretrained
 
 
@@ -67,32 +69,34 @@ def remove_expert(model: nn.Module, name: str) -> nn.Module:
         ConfigError: if fewer experts than `top_k` would be left.
         CheckpointError: if `model` was not made by `upscale`.
     """
-    names, config = _recipe(model)
+    names, config, known = _recorded(model)
     if name not in names:
         raise PlanError(f"there is no expert {name!r}; the experts are: {', '.join(names)}")
     left = [number for number, other in enumerate(names) if other != name]
-    pretrained, parts = taken_apart(model)
+    pretrained, parts = taken_apart(model, known)
     plan = make_plan(pretrained, len(left), config)
     taken = Taken()
     for layer, of_layer in parts.items():
         kept = [of_layer[number] for number in left]
         kept = kept if len(kept) > 1 else [_without_router(kept[0], config)]
         taken.stacks[layer] = Stack(len(left), *kept)
-    replace_layers(pretrained, plan, taken, Share(), config)
-    describe(pretrained, config, tuple(other for other in names if other != name))
+    others = [names[number] for number in left]
+    recipe = replace_layers(pretrained, plan, taken, Share(), config, others)
+    recipe.sources |= {other: known.sources[other] for other in others if other in known.sources}
+    describe(pretrained, config, recipe)
     return pretrained
 
 
-def _recipe(model: nn.Module) -> tuple[list[str], SmileConfig]:
+def _recorded(model: nn.Module) -> tuple[list[str], SmileConfig, Recipe]:
     section = section_of(model)
     # where it was factored then says nothing about this machine
     config = SmileConfig.from_dict({**section.options, "device": "auto", "upscaling_accelerator": None})
     if config.average_experts:
         raise PlanError("the experts of a model with average_experts=true can't be changed: build it anew")
-    return section.experts, config
+    return section.experts, config, Recipe.from_dict(section.recipe)
 
 
-def taken_apart(model: nn.Module) -> tuple[nn.Module, Parts]:
+def taken_apart(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Parts]:
     """A copy of the pretrained model inside an upscaled one, and the experts' parts of its routed layers."""
     model = deepcopy(model)
     plain: dict[nn.Module, nn.Module] = {}
@@ -101,7 +105,9 @@ def taken_apart(model: nn.Module) -> tuple[nn.Module, Parts]:
         if isinstance(module, Routed):
             if module not in plain:
                 plain[module] = module.without_experts(cast(type[nn.Module], plain_kind(module)))
-            parts[name] = parts_of(module)
+            found = parts_of(module)
+            kept = recipe.energy.get(name, [part.energy for part in found])
+            parts[name] = [replace(part, energy=energy) for part, energy in zip(found, kept, strict=True)]
             model.set_submodule(name, plain[module])
     return model, parts
 

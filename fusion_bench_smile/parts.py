@@ -26,7 +26,8 @@ class ExpertPart:
     """What one expert adds to one layer; every tensor in the pretrained layer's dtype and device, None if not needed.
 
     Shapes: gate (gate_rank, in), down (the directions that are no router rows, in), up (out, rank), dense (out, in),
-    bias (out,). `energy` is the part of ‖ΔW‖² that the rank keeps.
+    bias (out,). `energy` is the part of ‖ΔW‖² that the rank keeps, `made_of` the digest of the fine-tuned weight, or of
+    a LoRA adapter's factors.
     """
 
     rank: int
@@ -37,6 +38,7 @@ class ExpertPart:
     dense: Tensor | None = None
     bias: Tensor | None = None
     energy: float = 1.0
+    made_of: str = ""
 
 
 @dataclass
@@ -76,12 +78,13 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Change:
-    """What an expert did to a weight: its factored delta, or the dense one; the router's own factors; energy kept."""
+    """What an expert did to a weight: its factored delta, or the dense one; the router's own factors."""
 
     factors: Factors | None = None
     dense: Tensor | None = None
     gate: Factors | None = None
     energy: float = 1.0
+    made_of: str = ""
 
 
 @dataclass
@@ -92,11 +95,13 @@ class Stored:
         keys: "delta" and "weight" (the router's own rows) → the entry's name.
         found: of the same, the factors that are there.
         unchanged: the two weights are the same bytes.
+        tuned: the digest of the fine-tuned weight.
     """
 
     keys: dict[str, str] = field(default_factory=dict)
     found: dict[str, Factors] = field(default_factory=dict)
     unchanged: bool = False
+    tuned: str = ""
 
 
 @dataclass
@@ -136,7 +141,8 @@ class Factorer:
         stored = self._look_up(job, ranks)
         missing = ranks.keys() - stored.found.keys() - ({"delta"} if stored.unchanged else set())
         if self.store and not missing and (job.layer.k != DENSE or stored.unchanged):
-            return done(self._part(job, self._change(job, stored.found.get("delta"), stored.found.get("weight"))))
+            delta, gate = stored.found.get("delta"), stored.found.get("weight")
+            return done(self._part(job, self._change(job, stored.tuned, delta, gate)))
         return lambda: self._part(job, self._computed(job, ranks, stored))
 
     def _ranks(self, layer: LayerPlan) -> dict[str, int]:
@@ -159,7 +165,7 @@ class Factorer:
         found = {
             kind: Factors(*(tensor.to(device) for tensor in factors)) for kind, factors in looked_up.items() if factors
         }
-        return Stored(keys, found, unchanged)
+        return Stored(keys, found, unchanged, end)
 
     def _computed(self, job: Job, ranks: Mapping[str, int], stored: Stored) -> Change:
         name = f"{job.layer.name}.weight"
@@ -175,25 +181,28 @@ class Factorer:
                 return None
             return stored.found.get(kind) or self._factor(matrix, ranks[kind], stored.keys.get(kind))
 
-        gate = factors("weight", weight)
+        made_of, gate = stored.tuned or digest(tuned), factors("weight", weight)
         if torch.equal(weight, start):
-            return Change(gate=gate)
+            return Change(gate=gate, made_of=made_of)
         delta = weight - start
-        return self._change(job, factors("delta", delta), gate, dense=delta if job.layer.k == DENSE else None)
+        dense = delta if job.layer.k == DENSE else None
+        return self._change(job, made_of, factors("delta", delta), gate, dense)
 
-    def _change(self, job: Job, delta: Factors | None, gate: Factors | None, dense: Tensor | None = None) -> Change:
+    def _change(
+        self, job: Job, made_of: str, delta: Factors | None, gate: Factors | None, dense: Tensor | None = None
+    ) -> Change:
         if dense is not None or delta is None or not delta.rank:
-            return Change(delta if dense is not None else None, dense, gate)
-        return Change(delta, gate=gate, energy=delta.energy(job.layer.k))
+            return Change(delta if dense is not None else None, dense, gate, made_of=made_of)
+        return Change(delta, gate=gate, energy=delta.energy(job.layer.k), made_of=made_of)
 
     def _factored_change(self, job: Job, pair: Sequence[Tensor], rank: int) -> Change:
         for tensor in pair:
             check_finite(self._counted(tensor), f"{job.layer.name}.weight", job.label)
         b, a = (tensor.to(self.config.compute_device) for tensor in pair)
-        factors = low_rank_svd(b, a)
+        factors, made_of = low_rank_svd(b, a), "".join(digest(tensor) for tensor in pair)
         if factors.rank == 0:
-            return Change()
-        return Change(factors.truncated(rank), energy=factors.energy(job.layer.k))
+            return Change(made_of=made_of)
+        return Change(factors.truncated(rank), energy=factors.energy(job.layer.k), made_of=made_of)
 
     def _factor(self, matrix: Tensor, rank: int, key: str | None) -> Factors:
         if self.store is None or key is None:
@@ -224,6 +233,7 @@ class Factorer:
             dense=stored(dense),
             bias=self._bias(job),
             energy=change.energy,
+            made_of=change.made_of,
         )
 
     def _bias(self, job: Job) -> Tensor | None:

@@ -32,6 +32,7 @@ class Stack:
         self.ranks: list[int] = []
         self.gate_ranks: list[int] = []
         self.energies: list[float] = []
+        self.made_of: list[str] = []
         for part in parts:
             self.add(part)
 
@@ -44,6 +45,7 @@ class Stack:
         self.ranks.append(part.rank)
         self.gate_ranks.append(part.gate_rank)
         self.energies.append(part.energy)
+        self.made_of.append(part.made_of)
         self._biases.append(part.bias)
         for name in SIDE_BY_SIDE:
             value = getattr(part, name)
@@ -55,6 +57,7 @@ class Stack:
         self.ranks += other.ranks
         self.gate_ranks += other.gate_ranks
         self.energies += other.energies
+        self.made_of += other.made_of
         self._biases += other._biases
         for name in other._room:
             self._append(name, other._tensor(name))

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from .checkpoint import architecture, is_tied, make_section, replaced_folder
+from .checkpoint import architecture, is_tied, make_section, replaced_folder, write_card
 from .config import SmileConfig
 from .errors import PlanError
 from .parts import Base, Factorer, Job
 from .plan import LayerPlan, Plan, check_expert, check_finite, make_plan
+from .recipe import Recording
 from .sources import INDEX, FilesSource, Openable, Source, tied_names
 from .stack import Stack
 from .store import FactorStore
@@ -68,15 +69,17 @@ def upscale_to_folder(
     with replaced_folder(Path(folder)) as scratch:
         shards = _Shards(scratch, max_shard_bytes)
         layers: dict[str, dict[str, Any]] = {}
+        recording = Recording(tuple(experts))
         opened = cast(Mapping[str, Source], sources)
-        for name, tensor in _tensors(plan, model, base, opened, factorer, layers):
+        for name, tensor in _tensors(plan, model, base, opened, factorer, layers, recording):
             shards.add(name, tensor)
         shards.finish()
         _copy_companions(pretrained, scratch)
         # read anew: the skeleton's own carries how the skeleton was made
         settings = AutoConfig.from_pretrained(pretrained)
-        settings.quantization_config = make_section(layers, config, tuple(experts))
+        section = settings.quantization_config = make_section(layers, config, recording.recipe(plan.parameters))
         settings.save_pretrained(scratch)
+        write_card(section, Path(folder), scratch, getattr(settings, "_name_or_path", ""))
     log.info("wrote %d upscaled layers into %s, %d files", len(layers), folder, len(shards.files))
 
 
@@ -96,8 +99,9 @@ def _tensors(
     experts: Mapping[str, Source],
     factorer: Factorer,
     layers: dict[str, dict[str, Any]],
+    recording: Recording,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the upscaled checkpoint; fills `layers` with the layouts."""
+    """Every tensor of the upscaled checkpoint; fills `layers` with the layouts, and the recording."""
     tied = tied_names(model)
 
     def stored(name: str) -> str:
@@ -112,7 +116,8 @@ def _tensors(
         yield stored(f"{layer.name}.weight"), weight
         if bias is not None:
             yield f"{layer.name}.bias", bias
-        yield from _routed(layer, Base.of(model.get_submodule(layer.name), weight, bias), experts, factorer, layers)
+        start = Base.of(model.get_submodule(layer.name), weight, bias)
+        yield from _routed(layer, start, experts, factorer, layers, recording)
 
 
 def _routed(
@@ -121,13 +126,16 @@ def _routed(
     experts: Mapping[str, Source],
     factorer: Factorer,
     layers: dict[str, dict[str, Any]],
+    recording: Recording,
 ) -> Iterator[tuple[str, Tensor]]:
     jobs = [Job(layer, base, source, f"expert {name!r}") for name, source in experts.items()]
     stack = Stack(len(jobs), *factorer.parts(jobs))
+    tensors = stack.tensors(base.weight.device)
+    recording.add(layer.name, stack, tensors.values())
     if stack.changes_nothing:
         return
     layers[layer.name] = stack.layout(factorer.config).to_dict()
-    for name, tensor in stack.tensors(base.weight.device).items():
+    for name, tensor in tensors.items():
         yield f"{layer.name}.{name}", tensor
 
 

@@ -17,9 +17,10 @@ from .checkpoint import describe
 from .config import SmileConfig
 from .errors import PlanError
 from .kin import routed_class
-from .layers import Routed
+from .layers import Routed, SmileLayout
 from .parts import Base, Factorer, Job
 from .plan import Plan, check_expert, check_finite, make_plan
+from .recipe import Recipe, Recording
 from .sharing import Share
 from .sources import Openable, Source, StateSource, open_source, tied_names
 from .stack import Stack
@@ -80,10 +81,10 @@ def upscale(
         error = problem
     share.agree(error)
     upscaled = pretrained if in_place else deepcopy(pretrained)
-    energies = replace_layers(upscaled, plan, taken, share, config)
+    recipe = replace_layers(upscaled, plan, taken, share, config, tuple(named))
     _set_averages(upscaled, share.exchange(taken.sums)[0], len(named))
-    describe(upscaled, config, tuple(named))
-    _log_summary(plan, taken, factorer, energies, time.perf_counter() - began)
+    describe(upscaled, config, recipe)
+    _log_summary(plan, taken, factorer, recipe, time.perf_counter() - began)
     return upscaled
 
 
@@ -185,29 +186,30 @@ def _take_rest(plan: Plan, base: Source, source: Source, label: str, taken: Take
 
 
 def replace_layers(
-    model: nn.Module, plan: Plan, taken: Taken, share: Share, config: SmileConfig
-) -> dict[str, list[float]]:
-    """Put the routed layers into `model`; returns the energy that each expert of each changed layer keeps."""
+    model: nn.Module, plan: Plan, taken: Taken, share: Share, config: SmileConfig, experts: Sequence[str]
+) -> Recipe:
+    """Put the routed layers into `model`; returns what they were made of."""
     replaced: dict[nn.Module, Routed] = {}
-    energies = {}
+    recording = Recording(experts)
     for planned in plan.layers:
         layer = model.get_submodule(planned.name)
         stack, *others = share.exchange(taken.stacks.pop(planned.name, Stack(plan.num_experts)))
         for other in others:
             stack.extend(other)
+        tensors = stack.tensors(cast(Tensor, layer.weight).device)
+        recording.add(planned.name, stack, tensors.values())
         if not stack.changes_nothing:
-            replaced[layer] = build_layer(layer, stack, config)
-            energies[planned.name] = stack.energies
+            replaced[layer] = build_layer(layer, stack.layout(config), tensors)
     for name, module in list(model.named_modules(remove_duplicate=False)):  # a module may be reached by several names
         if module in replaced:
             model.set_submodule(name, replaced[module])
-    return energies
+    return recording.recipe(plan.parameters)
 
 
-def build_layer(base: nn.Module, stack: Stack, config: SmileConfig) -> Routed:
+def build_layer(base: nn.Module, layout: SmileLayout, tensors: Mapping[str, Tensor]) -> Routed:
     """A routed layer around the pretrained one."""
-    layer = routed_class(base).around(base, stack.layout(config), device="meta")
-    for name, value in stack.tensors(layer.weight.device).items():
+    layer = routed_class(base).around(base, layout, device="meta")
+    for name, value in tensors.items():
         setattr(layer, name, nn.Parameter(value, requires_grad=layer.weight.requires_grad))
     return layer
 
@@ -218,12 +220,10 @@ def _set_averages(model: nn.Module, sums: Mapping[str, Tensor], count: int) -> N
         state[name].copy_(total / count)
 
 
-def _log_summary(
-    plan: Plan, taken: Taken, factorer: Factorer, energies: Mapping[str, Sequence[float]], seconds: float
-) -> None:
-    log.info("upscaled %d of %d linear layers, in %.1f s", len(energies), len(plan.layers), seconds)
+def _log_summary(plan: Plan, taken: Taken, factorer: Factorer, recipe: Recipe, seconds: float) -> None:
+    log.info("upscaled %d of %d linear layers, in %.1f s", len(recipe.energy), len(plan.layers), seconds)
     log.info("read %.1f MB of the experts; peak memory of this process %s", factorer.bytes_read / 1e6, peak_memory())
-    kept = torch.tensor([energy for values in energies.values() for energy in values])
+    kept = torch.tensor([energy for values in recipe.energy.values() for energy in values])
     if len(kept):
         log.info("energy ‖ΔW‖² kept by the ranks: min %.4f, median %.4f", kept.min(), kept.median())
     if factorer.store is not None:
