@@ -49,7 +49,14 @@ def test_only_the_adapter_and_the_benchmark_know_the_framework():
         for f in PACKAGE.rglob("*.py")
         if any(i.split(".")[0] == "fusion_bench" for i in imports(f))
     }
-    assert knowing == {"algorithm.py", "modelpool.py", "program.py", "embedded/__init__.py", "embedded/choose.py"}
+    assert knowing == {
+        "algorithm.py",
+        "modelpool.py",
+        "program.py",
+        "taskpool.py",
+        "embedded/__init__.py",
+        "embedded/choose.py",
+    }
 
 
 def test_nothing_imports_the_adapter():
