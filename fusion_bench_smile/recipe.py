@@ -58,11 +58,11 @@ class Recording:
         self._added = 0
 
     def add(self, layer: str, stack: Stack, tensors: Iterable[Tensor]) -> None:
-        """One layer of the plan, and the tensors it was given; none, if no expert changed it."""
+        """One layer of the plan, and the tensors it was given, unless no expert changed it."""
         self._made_of.append(stack.made_of)
-        self._added += sum(tensor.numel() for tensor in tensors)
         if not stack.changes_nothing:
             self._energy[layer] = stack.energies
+            self._added += sum(tensor.numel() for tensor in tensors)
 
     def recipe(self, parameters: int) -> Recipe:
         """Of a pretrained model with so many parameters."""

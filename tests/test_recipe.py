@@ -44,6 +44,18 @@ def test_the_recipe_says_what_the_model_is():
     assert recipe.energy.keys() == {name for name, module in model.named_modules() if isinstance(module, Routed)}
 
 
+@pytest.mark.parametrize("routing_use_diff", [True, False])
+def test_layers_that_no_expert_changed_count_for_nothing(routing_use_diff):
+    base = mlp()
+    red, green = experts_of(base, 2)
+    for expert in (red, green):
+        expert[0].load_state_dict(base[0].state_dict())
+    model = upscale(base, {"red": red, "green": green}, gate_k=2, k=4, routing_use_diff=routing_use_diff)
+    recipe = recipe_of(model)
+    assert list(recipe.energy) == ["3"]
+    assert recipe.parameters[1] == sum(parameter.numel() for parameter in model.parameters())
+
+
 def test_the_hash_of_a_source_is_that_of_its_weights_however_they_are_read(folders, tmp_path):
     base, paths = load_base(folders), {name: folders[name] for name in ("red", "green")}
     models = {name: type(base).from_pretrained(path) for name, path in paths.items()}
