@@ -51,6 +51,7 @@ def test_only_the_adapter_and_the_benchmark_know_the_framework():
     }
     assert knowing == {
         "algorithm.py",
+        "glue.py",
         "modelpool.py",
         "program.py",
         "taskpool.py",
