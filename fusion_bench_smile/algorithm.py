@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from fusion_bench.method.base_algorithm import BaseAlgorithm
 from fusion_bench.mixins.lightning_fabric import LightningFabricMixin
 from fusion_bench.mixins.simple_profiler import SimpleProfilerMixin
 from fusion_bench.modelpool.base_pool import BaseModelPool
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -25,7 +22,8 @@ from tqdm.auto import tqdm
 
 from .checkpoint import check_writable, is_checkpoint, load, save
 from .config import SmileConfig, check_keys
-from .errors import PlanError, SmileError
+from .ending import one_clear_line
+from .errors import PlanError
 from .factors import truncated_svd
 from .modelpool import expert_of, load_model
 from .plan import estimated_seconds
@@ -36,7 +34,6 @@ from .upscale import plan_upscaling, upscale
 log = logging.getLogger(__name__)
 
 PRETRAINED = "_pretrained_"
-CLI = "fusion_bench.scripts.cli"
 OPTIONS = [field.name for field in fields(SmileConfig)]
 OF_THE_RUN = ["model_path", "factor_cache", "dry_run"]
 
@@ -67,7 +64,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         **options: Any,
     ) -> None:
         super().__init__()
-        with _one_clear_line():
+        with one_clear_line():
             check_keys(options, [*OPTIONS, *OF_THE_RUN])
             plain = {key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in options.items()}
             self.options = SmileConfig.from_dict(plain)
@@ -88,7 +85,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         Raises:
             SmileError: for whatever can't be upscaled, loaded or saved; see `upscale`, `load` and `save`.
         """
-        with _one_clear_line():
+        with one_clear_line():
             return self._run(_as_pool(modelpool))
 
     def _run(self, pool: BaseModelPool) -> nn.Module | None:
@@ -161,28 +158,6 @@ class _Progress(ExitStack):
             bar = tqdm(desc="factoring", unit="delta", total=total, disable=_rank() != 0, leave=False)
             self._bar = self.enter_context(bar)
         self._bar.update(done - self._bar.n)
-
-
-@contextmanager
-def _one_clear_line() -> Iterator[None]:
-    """Under the framework's command line, end the program with the error's own line.
-
-    Hydra would end it with a traceback and a hint about HYDRA_FULL_ERROR. In a sweep the error goes on as it is, for
-    the launcher to record.
-    """
-    try:
-        yield
-    except SmileError as error:
-        alone = HydraConfig.initialized() and HydraConfig.get().mode != RunMode.MULTIRUN
-        if alone and CLI in sys.modules:
-            logging.getLogger(CLI).addFilter(_without_traceback)  # the framework logs whatever ends its program
-            raise SystemExit(f"error: {error}") from None
-        raise
-
-
-def _without_traceback(record: logging.LogRecord) -> bool:
-    record.exc_info = None
-    return True
 
 
 def _rank() -> int:

@@ -22,6 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .ending import one_clear_line
 from .errors import SmileError
 from .sharing import Share
 
@@ -57,8 +58,9 @@ class GlueTextTaskPool(LightningFabricMixin, BaseTaskPool):
     ) -> None:
         super().__init__(**kwargs)
         unknown = [task for task in test_datasets if _glue_name(task) not in glue_processors]
-        if unknown:
-            raise SmileError(f"no GLUE task {unknown[0]!r}; the tasks are {', '.join(glue_processors)}")
+        with one_clear_line():
+            if unknown:
+                raise SmileError(f"no GLUE task {unknown[0]!r}; the tasks are {', '.join(glue_processors)}")
         self._tokenizer, self._test_datasets = tokenizer, test_datasets
         self.batch_size, self.fast_dev_run = batch_size, bool(fast_dev_run)
 
@@ -77,7 +79,9 @@ class GlueTextTaskPool(LightningFabricMixin, BaseTaskPool):
         scores = []
         for task, source in self._test_datasets.items():
             dataset = instantiate(source) if isinstance(source, (DictConfig, dict)) else source
-            pairs = self._answers(model, tokenizer, examples(_glue_name(task), dataset), task)
+            with one_clear_line():
+                data = examples(_glue_name(task), dataset)
+            pairs = self._answers(model, tokenizer, data, task)
             metric = "spearman_rho" if _glue_name(task) in REGRESSION else "accuracy"
             scores.append(spearman_rho(pairs) if metric == "spearman_rho" else accuracy(pairs))
             report[task] = {metric: scores[-1], "samples": len(pairs)}

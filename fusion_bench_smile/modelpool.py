@@ -13,13 +13,21 @@ from huggingface_hub import try_to_load_from_cache
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from .checkpoint import load
 from .embedded import DATA
+from .ending import one_clear_line
 from .errors import PlanError, SmileError
 from .sources import ADAPTER_CONFIG, INDEX, SINGLE, Openable
 
 PATH_KEYS = {"_target_", "pretrained_model_name_or_path", "torch_dtype", "dtype"}
 LORA_LOADER = "fusion_bench.modelpool.seq2seq_lm.modelpool.load_lora_model"
 EMBEDDED_LOADER = "fusion_bench_smile.embedded.load_expert"
+
+
+def load_saved(path: str) -> nn.Module:
+    """A saved SMILE checkpoint, for the pools under ``SmileCheckpoint``; see `load`."""
+    with one_clear_line():
+        return load(path)
 
 
 def expert_of(pool: BaseModelPool, name: str, pretrained: nn.Module) -> Openable:

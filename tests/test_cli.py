@@ -102,6 +102,8 @@ def test_a_saved_model_is_the_model_of_a_pool(workplace):
     saved, again = (load(workplace.root / name) for name in ("saved", "again"))
     assert all(torch.equal(x, y) for x, y in zip(saved.parameters(), again.parameters(), strict=True))
     assert "path" in fusion_bench("modelpool=SmileCheckpoint/clip", "method=dummy", cwd=workplace.root).stderr
+    gone = fusion_bench(*pool[:1], "modelpool.path=gone", *pool[2:], cwd=workplace.root)
+    fails_with(gone, "gone is not a folder; a SMILE checkpoint is one")
 
 
 def test_the_frameworks_own_options_are_accepted(workplace):
