@@ -73,13 +73,13 @@ def trained(tmp_path_factory) -> Path:
     model.eval().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for task, columns in DATA.items():
-        Dataset.from_dict(columns).save_to_disk(folder / task)
+        Dataset.from_dict(columns).save_to_disk(str(folder / task))
     return folder
 
 
 def pool(folder: Path, **options) -> GlueTextTaskPool:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
-    data = {f"glue-{task}": Dataset.load_from_disk(folder / task) for task in DATA}
+    data = {f"glue-{task}": Dataset.load_from_disk(str(folder / task)) for task in DATA}
     return GlueTextTaskPool(tokenizer, data, batch_size=4, **options)
 
 
