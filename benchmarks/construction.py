@@ -40,6 +40,14 @@ def vit(layers: int) -> nn.Module:
     return CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=layers)).eval()
 
 
+def flan_t5(layers: int) -> T5Config:
+    """Flan-T5-base, with so many layers on each side."""
+    return T5Config(
+        vocab_size=32128, d_model=768, d_kv=64, d_ff=2048, num_layers=layers, num_decoder_layers=layers, num_heads=12,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
+    )  # fmt: skip
+
+
 def delta(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     """A task vector like a real one: singular values that fall as a power, on a floor of noise."""
     directions = min(256, *shape)
@@ -148,11 +156,7 @@ def figure_lora(layers: int, repeats: int) -> None:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    config = T5Config(  # Flan-T5-base
-        vocab_size=32128, d_model=768, d_kv=64, d_ff=2048, num_layers=layers, num_decoder_layers=layers, num_heads=12,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
-    )  # fmt: skip
-    base = T5ForConditionalGeneration(config).eval()
+    base = T5ForConditionalGeneration(flan_t5(layers)).eval()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         base.save_pretrained(root / "base")

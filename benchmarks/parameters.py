@@ -9,13 +9,13 @@ own factors, and a single expert needs none. Biases are left out, as in the pape
 from __future__ import annotations
 
 import torch
+from construction import flan_t5
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     MistralConfig,
     MistralForCausalLM,
-    T5Config,
     T5ForConditionalGeneration,
 )
 
@@ -28,15 +28,11 @@ SMALLER = [(8, 4, 16), (8, 16, 32), (8, 8, 8)]
 
 
 def models() -> dict[str, tuple[nn.Module, list[str], list[tuple[int, int, int]]]]:
-    t5 = T5Config(
-        vocab_size=32128, d_model=768, d_kv=64, d_ff=2048, num_layers=12, num_decoder_layers=12, num_heads=12,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-    )  # fmt: skip
     with torch.device("meta"):
         return {
             "Mistral-7B": (MistralForCausalLM(MistralConfig()), ["lm_head"], MISTRAL),
             "CLIP ViT-B/32": (CLIPVisionModel(CLIPVisionConfig()), [], SMALLER),
-            "Flan-T5-base": (T5ForConditionalGeneration(t5), ["lm_head"], SMALLER),
+            "Flan-T5-base": (T5ForConditionalGeneration(flan_t5(12)), ["lm_head"], SMALLER),
         }
 
 

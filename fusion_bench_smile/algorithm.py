@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import nn
 from tqdm.auto import tqdm
 
-from .checkpoint import check_writable, is_checkpoint, load, save
+from .checkpoint import check_writable, is_checkpoint, load, save, section_of
 from .config import SmileConfig, check_keys
 from .ending import one_clear_line
 from .errors import PlanError
@@ -121,7 +121,6 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
                 self._show_plan(pretrained, experts)
             return None
         store = FactorStore(self.factor_cache) if self.factor_cache else None
-        before = sum(parameter.numel() for parameter in pretrained.parameters())
         with self.profile("upscale"), _Progress() as progress:
             model = upscale(
                 pretrained,
@@ -132,7 +131,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
                 in_place=not isinstance(pool._models[PRETRAINED], nn.Module),  # loaded for this alone
                 on_item=progress.show,
             )
-        after = sum(parameter.numel() for parameter in model.parameters())
+        before, after = section_of(model).recipe["parameters"]
         log.info("%d experts, %d parameters, parameter ratio %.3f", len(experts), after, after / before)
         return model
 

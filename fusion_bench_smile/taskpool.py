@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm.auto import tqdm
 
+from .ending import one_clear_line
+from .errors import SmileError
+
 
 class ExactCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
     """Evaluates the framework's CLIP task pool with every sample counted once, on any number of processes.
@@ -25,10 +28,14 @@ class ExactCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
     def _evaluate(
         self, classifier: Any, test_loader: DataLoader, num_classes: int, task_name: str | None = None
     ) -> dict[str, float | int]:
-        """Accuracy and mean cross-entropy, in nats, of all processes' samples of one task."""
+        """Accuracy and mean cross-entropy, in nats, of all processes' samples of one task.
+
+        Raises:
+            SmileError: if there are none.
+        """
         classifier.eval()
         batches = itertools.islice(test_loader, 1) if self.fast_dev_run else test_loader
-        totals: Tensor | float = 0.0
+        totals = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
         seen = 0
         for inputs, targets in tqdm(batches, desc=f"Evaluating {task_name}", leave=False, dynamic_ncols=True):
             outputs = classifier(inputs, return_image_embeds=True, return_dict=True, task_name=task_name)
@@ -37,13 +44,12 @@ class ExactCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
             own = ~_repeated(test_loader, seen, len(targets)).to(logits.device)
             correct = (logits.argmax(dim=-1) == targets)[own]
             losses = F.cross_entropy(logits, targets, reduction="none")[own]
-            totals = totals + torch.stack([correct.sum(), losses.double().sum(), own.sum()]).double()
+            totals += torch.stack([correct.sum(), losses.double().sum(), own.sum()]).to(totals)
             seen += len(targets)
-        if not isinstance(totals, Tensor):
-            totals = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
         correct_sum, loss_sum, samples = self.fabric.all_reduce(totals, reduce_op="sum").tolist()
-        if not samples:
-            raise ValueError(f"the test set of {task_name} is empty")
+        with one_clear_line():
+            if not samples:
+                raise SmileError(f"the test set of {task_name} is empty")
         # more digits of the loss would tell how the samples were put into batches
         return {"accuracy": correct_sum / samples, "loss": round(loss_sum / samples, 5), "samples": int(samples)}
 

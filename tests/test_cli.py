@@ -259,25 +259,27 @@ def report_of(folder: Path) -> dict:
     return json.loads(next(folder.rglob("program_report.json")).read_text())
 
 
+def on_one_and_two_processes(*arguments: str, folder: Path) -> list[dict]:
+    """The reports of a run on one CPU process, in folder/one, and on two (gloo), in folder/two."""
+    for name, devices in {"one": ["fabric.devices=1"], "two": ["fabric.devices=2", "fabric.strategy=ddp"]}.items():
+        (folder / name).mkdir()
+        done = fusion_bench(*arguments, "fabric.accelerator=cpu", *devices, cwd=folder / name)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return [report_of(folder / name) for name in ("one", "two")]
+
+
 def test_two_processes_report_and_save_like_one(tmp_path):
     """Two CPU processes (gloo): each evaluates its share, the report is the whole's, one checkpoint is written."""
-    common = [*EMBEDDED, "method.gate_k=4", "method.k=8", "print_config=false", "fabric.accelerator=cpu"]
+    common = [*EMBEDDED, "method.gate_k=4", "method.k=8", "print_config=false"]
     for task in ("clothes", "animals", "textures", "planets", "letters", "kana"):
         common += [f"~modelpool.models.{task}", f"~taskpool.test_datasets.{task}"]
-    folders = [tmp_path / "one", tmp_path / "two"]
-    for folder, devices in zip(
-        folders, (["fabric.devices=1"], ["fabric.devices=2", "fabric.strategy=ddp"]), strict=True
-    ):
-        folder.mkdir()
-        done = fusion_bench(*common, *devices, "merged_model_save_path=saved", cwd=folder)
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (report_of(folder) for folder in folders)
+    one, two = on_one_and_two_processes(*common, "merged_model_save_path=saved", folder=tmp_path)
     assert one["model_info"] == two["model_info"]
     for task in ("digits", "flags"):
         assert one[task]["accuracy"] == pytest.approx(two[task]["accuracy"], abs=1e-6)
-    a, b = (load(folder / "saved") for folder in folders)
+    a, b = (load(tmp_path / name / "saved") for name in ("one", "two"))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-    assert not [name for name in os.listdir(folders[1]) if name.endswith((".part", ".old"))]
+    assert not [name for name in os.listdir(tmp_path / "two") if name.endswith((".part", ".old"))]
 
 
 def test_a_dry_run_says_what_would_be_done_and_stops(tmp_path):

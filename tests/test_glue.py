@@ -13,7 +13,7 @@ from fusion_bench.tasks.flan_t5_text_generation.glue_preprocessors import glue_p
 from fusion_bench.tasks.flan_t5_text_generation.glue_prompt_templates import glue_prompt_templates
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from test_cli import fusion_bench, report_of
+from test_cli import on_one_and_two_processes
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration, default_data_collator
@@ -124,12 +124,7 @@ def test_two_processes_report_what_one_reports(trained, tmp_path):
         (tmp_path / "conf" / group).mkdir(parents=True)
         (tmp_path / "conf" / group / "tiny.yaml").write_text("\n".join(lines))
     common = ["--config-dir", str(tmp_path / "conf"), "taskpool=tiny", "modelpool=tiny", "method=dummy"]
-    reports = []
-    for name, devices in {"one": ["fabric.devices=1"], "two": ["fabric.devices=2", "fabric.strategy=ddp"]}.items():
-        (tmp_path / name).mkdir()
-        done = fusion_bench(*common, "fabric.accelerator=cpu", *devices, cwd=tmp_path / name)
-        assert done.returncode == 0, done.stderr[-3000:]
-        reports.append(report_of(tmp_path / name))
+    reports = on_one_and_two_processes(*common, folder=tmp_path)
     assert reports[0] == reports[1]
     assert reports[0]["rte"]["samples"] == 13
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_cli import fusion_bench, report_of
+from test_cli import fusion_bench, on_one_and_two_processes
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
 
@@ -50,14 +50,8 @@ def expected(task: str, count: int) -> tuple[float, float]:
 
 
 def test_uneven_shares_count_every_sample_once(tmp_path):
-    common = [*task_pool(tmp_path), "method=dummy", "modelpool=SmileEmbedded/gentle", "fabric.accelerator=cpu"]
-    reports = []
-    for name, devices in {"one": ["fabric.devices=1"], "two": ["fabric.devices=2", "fabric.strategy=ddp"]}.items():
-        (tmp_path / name).mkdir()
-        done = fusion_bench(*common, *devices, cwd=tmp_path / name)
-        assert done.returncode == 0, done.stderr[-3000:]
-        reports.append(report_of(tmp_path / name))
-    one, two = reports
+    common = [*task_pool(tmp_path), "method=dummy", "modelpool=SmileEmbedded/gentle"]
+    one, two = on_one_and_two_processes(*common, folder=tmp_path)
     assert {task: one[task] for task in SAMPLES} == {task: two[task] for task in SAMPLES}
     assert one["average"] == two["average"]
     for task, count in SAMPLES.items():
