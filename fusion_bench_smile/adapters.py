@@ -81,7 +81,7 @@ def _tensors(model: nn.Module, layers: dict[str, Routed], number: int, biased: b
         part = parts_of(layer)[number]
         down = directions(part, layer.layout.shared_ranks[number])
         if part.rank and down is not None and part.up is not None:
-            tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = down, part.up
+            tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = down, part.up.mT
         if layer.expert_bias is not None:
             biases[f"{name}.bias"] = cast(Tensor, layer.bias) + layer.expert_bias[number]
     if biased:  # PEFT stores all of a model's biases, or those of adapted layers; not those of some

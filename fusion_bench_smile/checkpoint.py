@@ -49,7 +49,7 @@ class Method(str, Enum):
 
 
 METHOD = Method.SMILE.value
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PLAIN_FILE, CARD = "smile.json", "README.md"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HINT = "pip install fusion-bench-smile, and import fusion_bench_smile before from_pretrained"
@@ -308,11 +308,9 @@ def is_tied(model: PreTrainedModel, name: str) -> bool:
 
 
 def _check_version(version: int, where: str) -> None:
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{where} has format version {version}, this package reads up to {FORMAT_VERSION}: "
-            "upgrade fusion-bench-smile"
-        )
+    if version != FORMAT_VERSION:
+        what_to_do = "upgrade fusion-bench-smile" if version > FORMAT_VERSION else "build the model again"
+        raise CheckpointError(f"{where} has format version {version}, this package reads {FORMAT_VERSION}: {what_to_do}")
 
 
 def _save_atomically(model: PreTrainedModel) -> None:

@@ -125,7 +125,7 @@ def parts_of(layer: Routed) -> list[ExpertPart]:
                 gate_rank=layout.gate_ranks[number],
                 gate=_slice(layer.gate, layout.gate_ranks, number),
                 down=_slice(layer.down, layout.down_rows, number),
-                up=None if layer.up is None else layer.up.split(list(layout.low_ranks), dim=1)[number],
+                up=_slice(layer.up, layout.low_ranks, number),
                 dense=None if row is None or layer.dense is None else layer.dense[row],
                 bias=bias if bias is not None and bool(bias.any()) else None,
             )

@@ -89,7 +89,7 @@ class Routed(nn.Module):
 
     - `gate` (Σ gate_ranks, in): the router rows; with a shared router each expert's leading right singular vectors;
     - `down` (Σ down_rows, in): the right singular vectors that are no router rows;
-    - `up` (out, Σ ranks): the left singular vectors times the singular values;
+    - `up` (Σ ranks, out): the left singular vectors times the singular values, one a row;
     - `dense` (D, out, in): the deltas of the dense experts;
     - `expert_bias` (T, out): the bias deltas.
 
@@ -133,7 +133,7 @@ class Routed(nn.Module):
         shapes = {
             "gate": (sum(layout.gate_ranks), columns),
             "down": (sum(layout.down_rows), columns),
-            "up": (out, sum(layout.low_ranks)),
+            "up": (sum(layout.low_ranks), out),
             "dense": (len(layout.dense_experts), out, columns),
             "expert_bias": (layout.num_experts if layout.expert_bias else 0, out),
         }
@@ -215,7 +215,7 @@ class Routed(nn.Module):
         layout = self.layout
         weights = self._weights(out, projected)  # (…, T)
         if self.up is not None:
-            out = _plus_product(out, self._weighted_directions(x, projected, weights), self.up.mT)
+            out = _plus_product(out, self._weighted_directions(x, projected, weights), self.up)
         weights = weights.to(out.dtype)
         if self.dense is not None:
             for row, expert in enumerate(layout.dense_experts):
@@ -281,7 +281,7 @@ class Routed(nn.Module):
                 hidden.append(F.linear(tokens.index_select(0, token), self.down[start : start + own]))
             start = sum(layout.low_ranks[:expert])
             joined = torch.cat(hidden, dim=-1) if len(hidden) > 1 else hidden[0]
-            return F.linear(joined.to(self.up.dtype), self.up[:, start : start + rank], bias)
+            return F.linear(joined.to(self.up.dtype), self.up[start : start + rank].mT, bias)
         return None if bias is None else bias.expand(len(token), -1)
 
     def _weights(self, out: Tensor, projected: Tensor | None) -> Tensor:

@@ -25,7 +25,7 @@ from .workers import done, in_parallel
 class ExpertPart:
     """What one expert adds to one layer; every tensor in the pretrained layer's dtype and device, None if not needed.
 
-    Shapes: gate (gate_rank, in), down (the directions that are no router rows, in), up (out, rank), dense (out, in),
+    Shapes: gate (gate_rank, in), down (the directions that are no router rows, in), up (rank, out), dense (out, in),
     bias (out,). `energy` is the part of ‖ΔW‖² that the rank keeps, `made_of` the digest of the fine-tuned weight, or of
     a LoRA adapter's factors.
     """
@@ -229,7 +229,7 @@ class Factorer:
             gate_rank=gate_rank,
             gate=stored(router.down) if router else None,
             down=stored(factors.down[0 if gate else min(gate_rank, rank) : rank]) if factors else None,
-            up=stored(factors.up[:, :rank]) if factors and low_rank else None,
+            up=stored(factors.up[:, :rank].mT) if factors and low_rank else None,
             dense=stored(dense),
             bias=self._bias(job),
             energy=change.energy,

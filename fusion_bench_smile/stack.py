@@ -11,8 +11,7 @@ from .config import SmileConfig
 from .layers import SmileLayout
 from .parts import ExpertPart
 
-# the dimension along which each kind of tensor has one expert after the other
-SIDE_BY_SIDE = {"gate": 0, "down": 0, "up": 1, "dense": 0}
+ROWS = ("gate", "down", "up", "dense")  # each has one expert's rows after the other's
 
 
 class Stack:
@@ -27,7 +26,7 @@ class Stack:
     def __init__(self, experts: int, *parts: ExpertPart) -> None:
         self._experts = experts
         self._room: dict[str, Tensor] = {}
-        self._filled = dict.fromkeys(SIDE_BY_SIDE, 0)
+        self._filled = dict.fromkeys(ROWS, 0)
         self._biases: list[Tensor | None] = []
         self.ranks: list[int] = []
         self.gate_ranks: list[int] = []
@@ -47,7 +46,7 @@ class Stack:
         self.energies.append(part.energy)
         self.made_of.append(part.made_of)
         self._biases.append(part.bias)
-        for name in SIDE_BY_SIDE:
+        for name in ROWS:
             value = getattr(part, name)
             if value is not None:
                 self._append(name, value[None] if name == "dense" else value)
@@ -63,25 +62,21 @@ class Stack:
             self._append(name, other._tensor(name))
 
     def _append(self, name: str, value: Tensor) -> None:
-        dim, start = SIDE_BY_SIDE[name], self._filled[name]
-        end = start + value.shape[dim]
+        start = self._filled[name]
+        end = start + len(value)
         if start == end:
             return
-        if name not in self._room or end > self._room[name].shape[dim]:
-            shape = list(value.shape)
-            shape[dim] = max(end, shape[dim] * self._experts)
-            larger = value.new_empty(shape)
+        if name not in self._room or end > len(self._room[name]):
+            larger = value.new_empty(max(end, len(value) * self._experts), *value.shape[1:])
             if start:
-                larger.narrow(dim, 0, start).copy_(self._tensor(name))
+                larger[:start] = self._tensor(name)
             self._room[name] = larger
-        self._room[name].narrow(dim, start, end - start).copy_(value)
+        self._room[name][start:end] = value
         self._filled[name] = end
 
     def _tensor(self, name: str) -> Tensor:
-        dim, room = SIDE_BY_SIDE[name], self._room[name]
-        if self._filled[name] == room.shape[dim]:
-            return room
-        return room.narrow(dim, 0, self._filled[name]).clone(memory_format=torch.contiguous_format)
+        room, filled = self._room[name], self._filled[name]
+        return room if filled == len(room) else room[:filled].clone()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_room": {name: self._tensor(name) for name in self._room}}  # without what is spare

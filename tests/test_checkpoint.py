@@ -121,8 +121,8 @@ def damaged(kind: str, folder: Path) -> None:
         save_file({k: v for k, v in tensors.items() if k != plain}, weights, {"format": "pt"})
     elif kind == "wrong shape":
         save_file({**tensors, routed: tensors[routed][:, :-1].contiguous()}, weights, {"format": "pt"})
-    elif kind == "newer format":
-        values["quantization_config"]["format_version"] = 99
+    elif kind in ("newer format", "older format"):
+        values["quantization_config"]["format_version"] = 99 if kind == "newer format" else 1
         config.write_text(json.dumps(values))
     elif kind == "another model":
         del values["quantization_config"]
@@ -139,6 +139,7 @@ DAMAGE = {
     "missing plain tensor": "lacks 1 of",
     "wrong shape": "has the shape",
     "newer format": "upgrade fusion-bench-smile",
+    "older format": "build the model again",
     "another model": "has no SMILE section",
 }
 

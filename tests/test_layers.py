@@ -23,15 +23,15 @@ def random_layer(layout: SmileLayout, n_in: int, n_out: int, bias: bool = True, 
     return layer
 
 
-def split(tensor: Tensor | None, sizes: tuple[int, ...], dim: int) -> list[Tensor | None]:
-    return [None] * len(sizes) if tensor is None else list(tensor.split(list(sizes), dim))
+def split(tensor: Tensor | None, sizes: tuple[int, ...]) -> list[Tensor | None]:
+    return [None] * len(sizes) if tensor is None else list(tensor.split(list(sizes)))
 
 
 def reference(layer: SmileLinear, x: Tensor) -> Tensor:
     """The formula of the paper, one token at a time, in float64."""
     layout, flat = layer.layout, x.reshape(-1, layer.in_features).double()
-    gate, rest = split(layer.gate, layout.gate_ranks, 0), split(layer.down, layout.down_rows, 0)
-    up = split(layer.up, layout.low_ranks, 1)
+    gate, rest = split(layer.gate, layout.gate_ranks), split(layer.down, layout.down_rows)
+    up = split(layer.up, layout.low_ranks)
     outputs = []
     for token in flat:
         scores = torch.stack(
@@ -54,7 +54,7 @@ def reference(layer: SmileLinear, x: Tensor) -> Tensor:
                 k = layout.ranks[i]
                 own = [] if gate[i] is None or not layout.shared_router else [gate[i][:k]]
                 down = torch.cat([*own, *([] if rest[i] is None else [rest[i]])]).double()
-                y = y + w * (up[i].double() @ (down @ token))
+                y = y + w * ((down @ token) @ up[i].double())
             if layer.expert_bias is not None:
                 y = y + w * layer.expert_bias[i].double()
         outputs.append(y)

@@ -28,7 +28,7 @@ def expert_parts(draw) -> list[ExpertPart]:
                 gate_rank=gate_rank,
                 gate=torch.randn(gate_rank, IN) if gate_rank else None,
                 down=torch.randn(max(rows - gate_rank, 0), IN),
-                up=torch.randn(OUT, rows),
+                up=torch.randn(rows, OUT),
                 dense=torch.randn(OUT, IN) if rank == DENSE else None,
                 bias=torch.randn(OUT) if biased else None,
             )
@@ -40,7 +40,7 @@ def joined(parts: list[ExpertPart]) -> dict[str, torch.Tensor]:
     values = {
         "gate": torch.cat([part.gate for part in parts if part.gate is not None] or [torch.zeros(0, IN)]),
         "down": torch.cat([part.down for part in parts]),
-        "up": torch.cat([part.up for part in parts], dim=1),
+        "up": torch.cat([part.up for part in parts]),
         "dense": torch.stack([p.dense for p in parts if p.dense is not None] or [torch.zeros(0, 0)]),
     }
     if any(part.bias is not None for part in parts):
@@ -65,7 +65,7 @@ def test_a_stack_holds_the_parts_side_by_side_however_they_come(parts, data):
 
 
 def test_parts_of_one_size_are_written_where_they_stay():
-    parts = [ExpertPart(rank=3, gate_rank=0, down=torch.randn(3, IN), up=torch.randn(OUT, 3)) for _ in range(4)]
+    parts = [ExpertPart(rank=3, gate_rank=0, down=torch.randn(3, IN), up=torch.randn(3, OUT)) for _ in range(4)]
     stack = Stack(4, parts[0])
     places = {name: tensor.data_ptr() for name, tensor in stack._room.items()}
     for part in parts[1:]:
@@ -74,5 +74,5 @@ def test_parts_of_one_size_are_written_where_they_stay():
 
 
 def test_what_is_sent_to_another_process_has_no_spare_room():
-    part = ExpertPart(rank=3, gate_rank=0, down=torch.randn(3, 1000), up=torch.randn(1000, 3))
+    part = ExpertPart(rank=3, gate_rank=0, down=torch.randn(3, 1000), up=torch.randn(3, 1000))
     assert len(pickle.dumps(Stack(50, part))) < 3 * part.down.nbytes
