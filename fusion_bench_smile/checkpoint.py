@@ -309,8 +309,8 @@ def is_tied(model: PreTrainedModel, name: str) -> bool:
 
 def _check_version(version: int, where: str) -> None:
     if version != FORMAT_VERSION:
-        what_to_do = "upgrade fusion-bench-smile" if version > FORMAT_VERSION else "build the model again"
-        raise CheckpointError(f"{where} has format version {version}, this package reads {FORMAT_VERSION}: {what_to_do}")
+        remedy = "upgrade fusion-bench-smile" if version > FORMAT_VERSION else "build the model again"
+        raise CheckpointError(f"{where} has format version {version}, this package reads {FORMAT_VERSION}: {remedy}")
 
 
 def _save_atomically(model: PreTrainedModel) -> None:

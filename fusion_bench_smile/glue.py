@@ -14,16 +14,15 @@ from fusion_bench.mixins import LightningFabricMixin
 from fusion_bench.taskpool import BaseTaskPool
 from fusion_bench.tasks.flan_t5_text_generation.glue_preprocessors import glue_processors
 from fusion_bench.tasks.flan_t5_text_generation.glue_prompt_templates import glue_prompt_templates
-from fusion_bench.utils import instantiate
-from fusion_bench.utils.parameters import count_parameters
 from omegaconf import DictConfig
 from scipy.stats import spearmanr
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .ending import one_clear_line
 from .errors import SmileError
+from .evaluation import instantiated, load_tokenizer, model_info
 from .sharing import Share
 
 log = logging.getLogger(__name__)
@@ -71,14 +70,12 @@ class GlueTextTaskPool(LightningFabricMixin, BaseTaskPool):
         Raises:
             SmileError: for examples without labels, e.g. GLUE's own test splits.
         """
-        tokenizer = self._load_tokenizer()
+        tokenizer = load_tokenizer(self._tokenizer)
         model = self.fabric.to_device(model).eval()
-        trainable, parameters = count_parameters(model)
-        info = {"trainable_params": trainable, "all_params": parameters, "trainable_percentage": trainable / parameters}
-        report: dict[str, Any] = {"model_info": info | ({} if name is None else {"name": name})}
+        report: dict[str, Any] = {"model_info": model_info(model, name)}
         scores = []
         for task, source in self._test_datasets.items():
-            dataset = instantiate(source) if isinstance(source, (DictConfig, dict)) else source
+            dataset = instantiated(source)
             with one_clear_line():
                 data = examples(_glue_name(task), dataset)
             pairs = self._answers(model, tokenizer, data, task)
@@ -89,11 +86,6 @@ class GlueTextTaskPool(LightningFabricMixin, BaseTaskPool):
         defined = [score for score in scores if score is not None]
         report["average"] = {"score": statistics.fmean(defined) if len(defined) == len(scores) else None}
         return report
-
-    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        if isinstance(self._tokenizer, str):
-            return AutoTokenizer.from_pretrained(self._tokenizer)
-        return instantiate(self._tokenizer) if isinstance(self._tokenizer, (DictConfig, dict)) else self._tokenizer
 
     def _answers(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, data: Sequence[Example], task: str

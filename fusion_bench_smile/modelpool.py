@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fusion_bench.modelpool.base_pool import BaseModelPool
@@ -13,15 +13,18 @@ from huggingface_hub import try_to_load_from_cache
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from . import embedded
 from .checkpoint import load
-from .embedded import DATA
+from .embedded import text
 from .ending import one_clear_line
 from .errors import PlanError, SmileError
 from .sources import ADAPTER_CONFIG, INDEX, SINGLE, Openable
 
 PATH_KEYS = {"_target_", "pretrained_model_name_or_path", "torch_dtype", "dtype"}
 LORA_LOADER = "fusion_bench.modelpool.seq2seq_lm.modelpool.load_lora_model"
-EMBEDDED_LOADER = "fusion_bench_smile.embedded.load_expert"
+EMBEDDED_LOADERS: dict[str, Callable[..., Path]] = {
+    f"{module.__name__}.load_expert": module.expert_folder for module in (embedded, text)
+}
 
 
 def load_saved(path: str) -> nn.Module:
@@ -110,13 +113,13 @@ def _snapshot(path: str) -> Path | None:
 def _adapter_folder(pool: BaseModelPool, entry: Any) -> Path | None:
     if not isinstance(entry, (DictConfig, Mapping)):
         return None
-    options = OmegaConf.to_container(entry, resolve=True) if isinstance(entry, DictConfig) else dict(entry)
-    assert isinstance(options, dict)
-    if options.get("_target_") == EMBEDDED_LOADER:
-        folder = DATA / str(options.get("strength", "gentle")) / str(options.get("task"))
-        return folder if (folder / ADAPTER_CONFIG).exists() else None
+    plain = OmegaConf.to_container(entry, resolve=True) if isinstance(entry, DictConfig) else entry
+    options = dict(cast("dict[str, Any]", plain))
+    target = options.pop("_target_", None)
+    if target in EMBEDDED_LOADERS:
+        return EMBEDDED_LOADERS[target](**options)
     same_base = options.get("base_model_path") == _path_of(pool._models.get("_pretrained_"))
-    if options.get("_target_") != LORA_LOADER or not same_base or options.get("merge_and_unload") is False:
+    if target != LORA_LOADER or not same_base or options.get("merge_and_unload") is False:
         return None
     folder = Path(str(options["peft_model_path"])).expanduser()
     if not folder.is_dir():

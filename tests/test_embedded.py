@@ -16,7 +16,7 @@ from transformers import CLIPProcessor
 
 from fusion_bench_smile import upscale
 from fusion_bench_smile.embedded import DATA, STRENGTHS, TASKS, Pixels, load_expert, load_images, load_pretrained
-from fusion_bench_smile.embedded.comparison import NUMBERS, ROWS, gather, to_markdown, write
+from fusion_bench_smile.embedded.comparison import IMAGES, NUMBERS, gather, to_markdown, write
 from fusion_bench_smile.embedded.measure import accuracies, relative_deltas, router_accuracy
 
 
@@ -108,7 +108,7 @@ def fake_reports(folder: Path) -> None:
 
     for task in TASKS:
         put(f"individual_{task}", [task], 100, 0.8)
-    for row in ROWS:
+    for row in IMAGES.rows:
         put(row, list(TASKS), 150 if row.startswith("smile") else 100, 0.6)
 
 
@@ -118,7 +118,7 @@ def test_the_comparison_gathers_reports(tmp_path):
     assert list(table.columns) == [*TASKS, *NUMBERS]
     assert table.loc["individual", "parameters"] == 8
     assert table.loc["smile", "parameters"] == 1.5
-    assert table["retention"].tolist() == pytest.approx([100.0] + [75.0] * len(ROWS))
+    assert table["retention"].tolist() == pytest.approx([100.0] + [75.0] * len(IMAGES.rows))
     assert to_markdown(table).splitlines()[-1].endswith("| 60.0 | 75.0 | 1.50× | 1.50 |")
     files = write({"gentle": table}, tmp_path / "result")
     assert sorted(f.name for f in files) == ["comparison-gentle.csv", "comparison-gentle.md", "comparison.png"]

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration, default_data_collator
 
 from fusion_bench_smile.errors import SmileError
+from fusion_bench_smile.evaluation import load_tokenizer
 from fusion_bench_smile.glue import GlueTextTaskPool, accuracy, examples, spearman_rho
 
 CONFIG = Path(__file__).parent.parent / "config" / "taskpool" / "SmileGLUE" / "flan-t5.yaml"
@@ -91,7 +92,7 @@ def test_the_frameworks_own_numbers(trained):
         ("rte", evaluate_accuracy, "accuracy"),
         ("stsb", evaluate_spearman_rho, "spearman_rho"),
     ):
-        tokenizer = ours._load_tokenizer()
+        tokenizer = load_tokenizer(ours._tokenizer)
         preprocess = glue_processors[task](
             template=glue_prompt_templates[task], tokenizer=tokenizer,
             tokenizer_kwargs={"padding": "max_length", "truncation": True, "return_tensors": "pt"},

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
 
+from ..errors import SmileError
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
@@ -32,14 +34,14 @@ def load_images(task: str, split: Split = "test") -> Dataset:
     """The images of a task: columns ``image`` (28x28, mode L or RGB) and ``label`` (class number).
 
     Raises:
-        ValueError: for an unknown task or split.
+        SmileError: for an unknown task or split.
     """
     import pyarrow.parquet as pq
     from datasets import Dataset
 
     file = DATA / "images" / f"{task}-{split}.parquet"
     if task not in TASKS or not file.exists():
-        raise ValueError(f"no images for task {task!r}, split {split!r}; the tasks are {', '.join(TASKS)}")
+        raise SmileError(f"no images for task {task!r}, split {split!r}; the tasks are {', '.join(TASKS)}")
     return Dataset(pq.read_table(file))
 
 
@@ -65,6 +67,20 @@ def load_pretrained() -> CLIPVisionModel:
     return CLIPVisionModel.from_pretrained(DATA / "clip", torch_dtype=torch.float32)
 
 
+def expert_folder(task: str, strength: Strength = "gentle") -> Path:
+    """The folder with the adapter of one expert.
+
+    Raises:
+        SmileError: for an unknown task or strength.
+    """
+    if task not in TASKS or strength not in STRENGTHS:
+        raise SmileError(
+            f"no expert for task {task!r}, strength {strength!r}; the tasks are {', '.join(TASKS)}, "
+            f"the strengths {', '.join(STRENGTHS)}"
+        )
+    return DATA / strength / task
+
+
 def load_expert(task: str, strength: Strength = "gentle") -> CLIPVisionModel:
     """The vision tower fine-tuned on one task: the pretrained one with that task's adapter merged into it.
 
@@ -72,13 +88,8 @@ def load_expert(task: str, strength: Strength = "gentle") -> CLIPVisionModel:
         strength: how far the fine-tuning went: ``"gentle"`` (small task vectors) or ``"strong"``.
 
     Raises:
-        ValueError: for an unknown task or strength.
+        SmileError: for an unknown task or strength.
     """
     from peft import PeftModel
 
-    if task not in TASKS or strength not in STRENGTHS:
-        raise ValueError(
-            f"no expert for task {task!r}, strength {strength!r}; the tasks are {', '.join(TASKS)}, "
-            f"the strengths {', '.join(STRENGTHS)}"
-        )
-    return PeftModel.from_pretrained(load_pretrained(), str(DATA / strength / task)).merge_and_unload()
+    return PeftModel.from_pretrained(load_pretrained(), str(expert_folder(task, strength))).merge_and_unload()

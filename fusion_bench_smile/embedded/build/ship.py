@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,8 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import CLIPModel, CLIPProcessor, CLIPVisionModel
+from transformers import CLIPModel, CLIPProcessor, PreTrainedModel
 
 from ...factors import truncated_svd
 from .images import Images
@@ -35,16 +35,15 @@ def ship_clip(model: CLIPModel, processor: CLIPProcessor, folder: Path) -> None:
 
 
 @torch.no_grad()
-def extract_adapter(pretrained: CLIPVisionModel, tuned: CLIPVisionModel, rank: int) -> PeftModel:
+def extract_adapter(
+    pretrained: PreTrainedModel, tuned: PreTrainedModel, rank: int, linear: list[str], norms: list[str]
+) -> PeftModel:
     """A full fine-tune as a LoRA adapter: each linear delta truncated to `rank`, biases and norms as they are.
 
-    The stem (patch, class and position embeddings) goes back to the pretrained one.
+    Everything else goes back to the pretrained model's.
     """
-    linear = [name for name, module in pretrained.named_modules() if isinstance(module, nn.Linear)]
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=linear, modules_to_save=NORMS, bias="all")
-    base = CLIPVisionModel(pretrained.config)
-    base.load_state_dict(pretrained.state_dict())
-    model = get_peft_model(base, config)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=linear, modules_to_save=norms, bias="all")
+    model = get_peft_model(deepcopy(pretrained), config)
     for name in linear:
         layer = model.base_model.model.get_submodule(name)
         delta = tuned.get_submodule(name).weight - pretrained.get_submodule(name).weight
@@ -54,7 +53,7 @@ def extract_adapter(pretrained: CLIPVisionModel, tuned: CLIPVisionModel, rank: i
         layer.lora_B["default"].weight.zero_()[:, : factors.rank] = factors.up / root
         layer.base_layer.bias.copy_(tuned.get_submodule(name).bias)
     for name, module in tuned.named_modules():
-        if name.split(".")[-1] in NORMS:
+        if name.split(".")[-1] in norms:
             wrapped = model.base_model.model.get_submodule(name)
             wrapped.modules_to_save["default"].load_state_dict(module.state_dict())
     return model
