@@ -24,6 +24,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_model as load_safetensors
 from safetensors.torch import save_model as save_safetensors
 from torch import nn
@@ -50,6 +51,7 @@ class Method(str, Enum):
 
 METHOD = Method.SMILE.value
 FORMAT_VERSION = 2
+COMPANIONS = {".json", ".txt", ".model", ".jinja"}
 PLAIN_FILE, CARD = "smile.json", "README.md"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HINT = "pip install fusion-bench-smile, and import fusion_bench_smile before from_pretrained"
@@ -190,8 +192,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> None:
     """Write an upscaled model into the folder `path`: complete, or not at all.
 
     Everything is written into a folder beside it, which is then renamed. An existing folder is replaced only by a
-    complete one; files in it that are no weights (a tokenizer, a README) are carried along. Of several processes, the
-    one of rank 0 writes.
+    complete one; files in it that are no weights (a tokenizer, a README) are carried along, and so are those that lie
+    beside the pretrained model's weights. Of several processes, the one of rank 0 writes.
 
     Args:
         kwargs: passed to ``save_pretrained`` of a transformers model.
@@ -208,7 +210,30 @@ def save(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> None:
         else:
             save_safetensors(model, str(folder / "model.safetensors"))
             (folder / PLAIN_FILE).write_text(json.dumps(section.to_dict(), indent=1))
-        write_card(section, Path(path), folder, getattr(getattr(model, "config", None), "_name_or_path", ""))
+        base = getattr(getattr(model, "config", None), "_name_or_path", "")
+        write_card(section, Path(path), folder, base)
+        source = _local_folder(base)
+        if source is not None:
+            copy_companions(source, folder)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Tokenizer, image processor, generation settings: every small file that is neither weights nor the config.
+
+    What `target` has already stays as it is.
+    """
+    for file in source.iterdir():
+        small = file.is_file() and file.suffix in COMPANIONS
+        if small and ".index." not in file.name and file.name != "config.json" and not (target / file.name).exists():
+            (target / file.name).write_bytes(file.read_bytes())
+
+
+def _local_folder(name: str) -> Path | None:
+    """Where the files of a pretrained model lie, if they do: its folder, or its snapshot in the hub's cache."""
+    if name and Path(name).is_dir():
+        return Path(name)
+    cached = try_to_load_from_cache(name, "config.json") if HUB_NAME.fullmatch(name) else None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def load(path: str | os.PathLike[str], pretrained: nn.Module | None = None) -> nn.Module:

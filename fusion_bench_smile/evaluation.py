@@ -10,10 +10,24 @@ from omegaconf import DictConfig
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .ending import one_clear_line
+from .errors import SmileError
+
 
 def load_tokenizer(source: str | DictConfig | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A tokenizer from its name or configuration, or as it is."""
-    return AutoTokenizer.from_pretrained(source) if isinstance(source, str) else instantiated(source)
+    """A tokenizer from its name or configuration, or as it is.
+
+    Raises:
+        SmileError: if there is none of that name.
+    """
+    if not isinstance(source, str):
+        return instantiated(source)
+    with one_clear_line():
+        try:
+            return AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise SmileError(f"no tokenizer in {source!r}: {reason}; set taskpool.tokenizer") from None
 
 
 def instantiated(source: Any) -> Any:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from .checkpoint import architecture, is_tied, make_section, replaced_folder, write_card
+from .checkpoint import architecture, copy_companions, is_tied, make_section, replaced_folder, write_card
 from .config import SmileConfig
 from .errors import PlanError
 from .parts import Base, Factorer, Job
@@ -74,7 +74,7 @@ def upscale_to_folder(
         for name, tensor in _tensors(plan, model, base, opened, factorer, layers, recording):
             shards.add(name, tensor)
         shards.finish()
-        _copy_companions(pretrained, scratch)
+        copy_companions(pretrained, scratch)
         # read anew: the skeleton's own carries how the skeleton was made
         settings = AutoConfig.from_pretrained(pretrained)
         section = settings.quantization_config = make_section(layers, config, recording.recipe(plan.parameters))
@@ -191,11 +191,3 @@ class _Shards:
         if count > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
             (self._folder / INDEX).write_text(json.dumps(index, indent=1))
-
-
-def _copy_companions(source: Path, target: Path) -> None:
-    """Tokenizer, image processor, generation settings: every small file that is neither weights nor the config."""
-    for file in source.iterdir():
-        small = file.is_file() and file.suffix in {".json", ".txt", ".model"}
-        if small and file.name != "config.json" and ".index." not in file.name:
-            (target / file.name).write_bytes(file.read_bytes())

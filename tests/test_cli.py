@@ -223,8 +223,11 @@ def test_a_wheel_holds_everything(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     configs = [f.relative_to(REPOSITORY / "config") for f in (REPOSITORY / "config").rglob("*.yaml")]
     assert all(f"fusion_bench_smile_config/{name}" in names for name in configs)
-    data = REPOSITORY / "fusion_bench_smile" / "embedded" / "data"
-    assert all(str(f.relative_to(REPOSITORY)) in names for f in data.rglob("*") if f.is_file())
+    for part in (".", "text"):
+        data = REPOSITORY / "fusion_bench_smile" / "embedded" / part / "data"
+        files = [str(f.relative_to(REPOSITORY)) for f in data.rglob("*") if f.is_file()]
+        assert files
+        assert set(files) <= set(names)
     assert not any(name.startswith(("tests/", "benchmarks/", "config/")) for name in names)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")

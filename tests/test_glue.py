@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import perturbed
 from datasets import Dataset
 from fusion_bench.tasks.flan_t5_text_generation.glue_evaluation import evaluate_accuracy, evaluate_spearman_rho
 from fusion_bench.tasks.flan_t5_text_generation.glue_preprocessors import glue_processors
@@ -16,8 +17,15 @@ from omegaconf import OmegaConf
 from test_cli import on_one_and_two_processes
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration, default_data_collator
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    default_data_collator,
+)
 
+from fusion_bench_smile import upscale
 from fusion_bench_smile.errors import SmileError
 from fusion_bench_smile.evaluation import load_tokenizer
 from fusion_bench_smile.glue import GlueTextTaskPool, accuracy, examples, spearman_rho
@@ -76,6 +84,26 @@ def trained(tmp_path_factory) -> Path:
     for task, columns in DATA.items():
         Dataset.from_dict(columns).save_to_disk(str(folder / task))
     return folder
+
+
+def test_tokenizer_and_generation_settings_travel_along(trained, tmp_path):
+    """From the pretrained model's folder into a checkpoint, and from there into the next."""
+    model = T5ForConditionalGeneration.from_pretrained(trained / "model")
+    model.generation_config.num_beams = 3
+    upscale(model, [perturbed(model)], gate_k=2, k=2).save_pretrained(tmp_path / "first")
+    T5ForConditionalGeneration.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    for name in ("first", "second"):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert (
+            tokenizer("cats sleep").input_ids
+            == AutoTokenizer.from_pretrained(trained / "model")("cats sleep").input_ids
+        )
+        assert T5ForConditionalGeneration.from_pretrained(tmp_path / name).generation_config.num_beams == 3
+
+
+def test_a_missing_tokenizer_is_named(trained, tmp_path):
+    with pytest.raises(SmileError, match=r"no tokenizer in '.*nowhere'.*set taskpool.tokenizer"):
+        pool(trained, tokenizer=str(tmp_path / "nowhere")).evaluate(T5ForConditionalGeneration(T5Config(vocab_size=9)))
 
 
 def pool(folder: Path, **options) -> GlueTextTaskPool:

@@ -51,10 +51,12 @@ def test_only_the_adapter_and_the_benchmark_know_the_framework():
     }
     assert knowing == {
         "algorithm.py",
+        "evaluation.py",
         "glue.py",
         "modelpool.py",
         "program.py",
         "taskpool.py",
+        "text_classification.py",
         "embedded/__init__.py",
         "embedded/choose.py",
     }
