@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ from .checkpoint import load
 from .embedded import text
 from .ending import one_clear_line
 from .errors import PlanError, SmileError
-from .sources import ADAPTER_CONFIG, INDEX, SINGLE, Openable
+from .sources import ADAPTER_CONFIG, INDEX, SINGLE, FilesSource, Openable, StateSource, tied_names
 
 PATH_KEYS = {"_target_", "pretrained_model_name_or_path", "torch_dtype", "dtype"}
 LORA_LOADER = "fusion_bench.modelpool.seq2seq_lm.modelpool.load_lora_model"
@@ -39,13 +39,15 @@ def expert_of(pool: BaseModelPool, name: str, pretrained: nn.Module) -> Openable
     A local folder or cached hub snapshot becomes its files, a LoRA adapter on the pool's own pretrained model its
     factors. Anything else, also an entry whose files would be loaded in another dtype than the pretrained model's,
     becomes a function that loads the model.
+
+    Raises:
+        PlanError: for files that can't be read.
     """
     load = partial(load_model, pool, name)
     entry = pool._models[name]
     if isinstance(entry, nn.Module):
         return entry
-    folder = _adapter_folder(pool, entry) or _files_folder(pool, entry, pretrained)
-    return load if folder is None else folder
+    return _adapter_folder(pool, entry) or _files(pool, entry, pretrained) or load
 
 
 def load_model(pool: BaseModelPool, name: str) -> nn.Module:
@@ -76,26 +78,49 @@ def _path_of(entry: Any) -> str | None:
     return None
 
 
-def _files_folder(pool: BaseModelPool, entry: Any, pretrained: nn.Module) -> Path | None:
+def _files(pool: BaseModelPool, entry: Any, pretrained: nn.Module) -> Path | FilesSource | None:
+    """What reads from an entry's files what loading it would give."""
+    options = _plain_options(entry)
+    folder = _snapshot(str(options["pretrained_model_name_or_path"])) if _is_plain(pool, options) else None
+    if folder is None:
+        return None
+    asked = _asked_dtypes(pool, options)
+    if _keeps_precision(asked, pretrained):
+        return folder
+    if asked and asked == _asked_dtypes(pool, _plain_options(pool._models["_pretrained_"])) and "auto" not in asked:
+        own = {name: tensor.dtype for name, tensor in pretrained.state_dict().items()}
+        return FilesSource(folder, own, StateSource(pretrained.state_dict()).shapes(), tied_names(pretrained))
+    return None
+
+
+def _plain_options(entry: Any) -> Mapping[str, Any]:
+    """The options of an entry; a path or hub name is what `from_pretrained` is given."""
     if isinstance(entry, str):
-        options: Mapping[str, Any] = {"_target_": ".from_pretrained", "pretrained_model_name_or_path": entry}
-    elif isinstance(entry, (DictConfig, Mapping)):
-        options = entry
-    else:
-        return None
+        return {"_target_": ".from_pretrained", "pretrained_model_name_or_path": entry}
+    return entry if isinstance(entry, (DictConfig, Mapping)) else {}
+
+
+def _is_plain(pool: BaseModelPool, options: Mapping[str, Any]) -> bool:
+    """Whether an entry is loaded by ``from_pretrained``, with no option but a dtype."""
     plain = str(options.get("_target_", "")).endswith(".from_pretrained") and set(options) <= PATH_KEYS
-    if not plain or getattr(pool, "_platform", "hf") not in ("hf", "huggingface"):
-        return None
-    settings = {**(getattr(pool, "_model_kwargs", None) or {}), **{k: options[k] for k in options if "dtype" in k}}
-    if any("dtype" not in key for key in settings) or not _keeps_precision(settings, pretrained):
-        return None
-    return _snapshot(str(options["pretrained_model_name_or_path"]))
+    from_hub = getattr(pool, "_platform", "hf") in ("hf", "huggingface")
+    return plain and from_hub and all("dtype" in key for key in _model_kwargs(pool))
 
 
-def _keeps_precision(settings: Mapping[str, Any], pretrained: nn.Module) -> bool:
+def _model_kwargs(pool: BaseModelPool) -> Mapping[str, Any]:
+    """What a pool of language models gives to every ``from_pretrained``."""
+    return getattr(pool, "_model_kwargs", None) or getattr(pool, "model_kwargs", None) or {}
+
+
+def _asked_dtypes(pool: BaseModelPool, options: Mapping[str, Any]) -> list[str]:
+    """The dtypes that an entry or its pool asks for, without ``torch.``; none where the loader decides."""
+    settings = {**_model_kwargs(pool), **{k: options[k] for k in options if "dtype" in k}}
+    return [str(value).removeprefix("torch.") for value in settings.values() if value is not None]
+
+
+def _keeps_precision(asked: Sequence[str], pretrained: nn.Module) -> bool:
     """Whether loading would round the files' tensors no further than the pretrained model's own were."""
     dtype = next(pretrained.parameters()).dtype
-    asked = [str(value).removeprefix("torch.") for value in settings.values() if value is not None]
     return dtype in (torch.float32, torch.float64) and all(a in ("float32", "float", "float64") for a in asked)
 
 

@@ -90,7 +90,7 @@ class FilesSource:
 
     Args:
         path: the folder or file.
-        dtype: what the tensors are rounded to when read, as loading the model in that dtype would; None keeps theirs.
+        dtypes: what some tensors are rounded to when read, as loading the model in half precision would.
         like: the pretrained model's shapes. What ``from_pretrained`` of its class would pass over is left out: other
             components (a text tower beside the vision tower) and old integer buffers.
         aliases: for a tensor that is tied to another, the names under which it may be stored instead.
@@ -102,11 +102,11 @@ class FilesSource:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        dtype: torch.dtype | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
         like: Shapes | None = None,
         aliases: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
-        self._dtype = dtype
+        self._dtypes = dtypes or {}
         components = {name.split(".")[0] for name in like or ()}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
@@ -139,11 +139,11 @@ class FilesSource:
                 self._open, self._mapped = (file, _opened(file)), 0
             tensor = self._open[1].get_tensor(self._stored_name[name])
             self._mapped += tensor.nbytes
-        return tensor.to(self._dtype) if self._dtype and tensor.is_floating_point() else tensor
+        return tensor.to(self._dtypes.get(name, tensor.dtype))
 
     def identity(self, name: str) -> Hashable:
         stat = self._files[name].stat()
-        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, self._stored_name[name], self._dtype
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, self._stored_name[name], self._dtypes.get(name)
 
     def low_rank(self, name: str) -> None:
         return None

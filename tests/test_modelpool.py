@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import clip_inputs, clip_tower, experts_of, output, t5, t5_inputs, tied_llama
-from fusion_bench.modelpool import BaseModelPool, CLIPVisionModelPool, Seq2SeqLMPool
+from fusion_bench.modelpool import BaseModelPool, CausalLMPool, CLIPVisionModelPool, Seq2SeqLMPool
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from fusion_bench_smile import PlanError, SmileUpscalingAlgorithm, save, upscale
 from fusion_bench_smile.embedded import load_pretrained
 from fusion_bench_smile.modelpool import expert_of, load_model
+from fusion_bench_smile.sources import FilesSource
 
 TARGET = "transformers.CLIPVisionModel.from_pretrained"
 
@@ -61,6 +62,23 @@ def test_what_loading_would_change_is_loaded(folders, more):
     entry = {"_target_": TARGET, "pretrained_model_name_or_path": folders["red"], **more}
     pool = clip_pool({**folders, "red": entry})
     assert callable(expert_of(pool, "red", load_model(pool, "_pretrained_")))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_pool_in_half_precision_is_read_as_files(tmp_path, stored):
+    """What loading would round, reading rounds: the same model, and no expert is ever whole in memory."""
+    base = tied_llama()
+    for name, model in zip(("_pretrained_", "red", "green"), [base, *experts_of(base, 2)], strict=True):
+        model.to(stored).save_pretrained(tmp_path / name)
+    entries = {name: str(tmp_path / name) for name in ("_pretrained_", "red", "green")}
+    pool = CausalLMPool(OmegaConf.create(entries), tokenizer=None, model_kwargs={"torch_dtype": "bfloat16"})
+    pretrained = load_model(pool, "_pretrained_")
+    assert isinstance(expert_of(pool, "red", pretrained), FilesSource)
+    ours = SmileUpscalingAlgorithm(k=4, gate_k=2).run(pool)
+    expected = upscale(pretrained, {n: load_model(pool, n) for n in ("red", "green")}, k=4, gate_k=2)
+    assert next(ours.parameters()).dtype == torch.bfloat16
+    assert expected.state_dict().keys() == ours.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), expected.parameters(), strict=True))
 
 
 def test_a_module_in_the_pool_is_taken_as_it_is(folders):
