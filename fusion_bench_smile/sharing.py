@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
 import torch.distributed as dist
 
 from .errors import PlanError
+
+
+@cache
+def leave_at_exit() -> None:
+    """Have this process leave the default group when it exits.
+
+    The framework and, for gloo, Fabric leave that to the interpreter's end, where a thread of the group that still
+    runs can abort a process that has done all its work.
+    """
+    atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
 
 
 class Share:
@@ -20,6 +32,8 @@ class Share:
 
     def __init__(self, alone: bool = True) -> None:
         together = not alone and dist.is_available() and dist.is_initialized()
+        if together:
+            leave_at_exit()
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
     def takes(self, costs: Sequence[float]) -> list[bool]:

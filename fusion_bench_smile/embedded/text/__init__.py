@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ...ending import one_clear_line
 from ...errors import SmileError
+from ..shipped import check_names, read_table, with_adapter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,37 +59,23 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(pretrained_folder())
 
 
-@one_clear_line()
 def load_texts(task: str, split: Split = "test") -> Dataset:
     """The texts of a task: columns ``text``, ``pair`` (for sentence pairs) and ``label`` (class number).
 
     Raises:
         SmileError: for an unknown task or split.
     """
-    import pyarrow.parquet as pq
-    from datasets import Dataset
-
-    file = DATA / "texts" / f"{task}-{split}.parquet"
-    if task not in TASKS or not file.exists():
-        raise SmileError(
-            f"no texts for task {task!r}, split {split!r}; the tasks are {', '.join(TASKS)}, "
-            f"the splits {', '.join(SPLITS)}"
-        )
-    return Dataset(pq.read_table(file))
+    check_names(task=(task, TASKS), split=(split, SPLITS))
+    return read_table(DATA / "texts" / f"{task}-{split}.parquet")
 
 
-@one_clear_line()
 def expert_folder(task: str, kind: Kind = "full") -> Path:
     """The folder with the adapter and the head of one expert.
 
     Raises:
         SmileError: for an unknown task or kind.
     """
-    if task not in TASKS or kind not in KINDS:
-        raise SmileError(
-            f"no expert for task {task!r}, kind {kind!r}; the tasks are {', '.join(TASKS)}, "
-            f"the kinds {', '.join(KINDS)}"
-        )
+    check_names(task=(task, TASKS), kind=(kind, KINDS))
     return DATA / kind / task
 
 
@@ -112,6 +99,4 @@ def load_expert(task: str, kind: Kind = "full") -> BertModel:
     Raises:
         SmileError: for an unknown task or kind.
     """
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(load_pretrained(), str(expert_folder(task, kind))).merge_and_unload()
+    return with_adapter(load_pretrained(), expert_folder(task, kind))

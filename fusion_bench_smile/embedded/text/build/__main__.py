@@ -6,7 +6,6 @@ into the package's data folder. Needs the extras ``build`` and ``text``, and the
 
 from __future__ import annotations
 
-import argparse
 import logging
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from peft import PeftModel
 from transformers import BertModel, PreTrainedModel
 
 from ....text_classification import Head
+from ...build.command import run
 from ...build.material import fetch, kept
 from ...build.ship import extract_adapter, ship_adapter
 from .. import DATA, HEAD, KINDS, TASKS, expert_folder, load_head, load_pretrained, load_texts, load_tokenizer
@@ -88,17 +88,6 @@ def build(root: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="working folder; 3 GB")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    folder = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
-    table = build(folder)
-    table.round(2).to_csv(folder / "experts.csv", index=False)
-    print(table.round(1).to_string(index=False))
-    print(table.groupby("kind")[["pretrained", "fine-tuned", "shipped"]].mean().round(1).to_string())
-
-
 if __name__ == "__main__":
-    main()
+    made = run(build, __doc__, "3 GB")
+    print(made.groupby("kind")[["pretrained", "fine-tuned", "shipped"]].mean().round(1).to_string())
