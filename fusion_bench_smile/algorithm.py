@@ -89,6 +89,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
             return self._run(_as_pool(modelpool))
 
     def _run(self, pool: BaseModelPool) -> nn.Module | None:
+        _save_checkpoints(pool)
         for path in filter(None, [self.model_path, getattr(self._program, "merged_model_save_path", None)]):
             if "{" not in path:  # the framework fills in its log folder later
                 check_writable(Path(path))
@@ -169,6 +170,12 @@ def _as_pool(models: BaseModelPool | Mapping[str, nn.Module] | Sequence[nn.Modul
     if isinstance(models, (Mapping, DictConfig)):
         return BaseModelPool(dict(models))
     return BaseModelPool({PRETRAINED if i == 0 else str(i - 1): model for i, model in enumerate(models)})
+
+
+def _save_checkpoints(pool: BaseModelPool) -> None:
+    """Have a pool that would pickle the tensors alone write checkpoints (`merged_model_save_path` goes through it)."""
+    if type(pool).save_model is BaseModelPool.save_model:
+        pool.save_model = lambda model, path, *_, **__: save(model, path)  # type: ignore[method-assign]
 
 
 def _load_unless_transformers(pool: BaseModelPool, path: str) -> nn.Module | None:

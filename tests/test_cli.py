@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import clip_tower, perturbed
+from conftest import clip_tower, perturbed, t5
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from fusion_bench_smile import load
+from fusion_bench_smile import load, upscale
 
 pytestmark = pytest.mark.cli
 
@@ -104,6 +104,27 @@ def test_a_saved_model_is_the_model_of_a_pool(workplace):
     assert "path" in fusion_bench("modelpool=SmileCheckpoint/clip", "method=dummy", cwd=workplace.root).stderr
     gone = fusion_bench(*pool[:1], "modelpool.path=gone", *pool[2:], cwd=workplace.root)
     fails_with(gone, "gone is not a folder; a SMILE checkpoint is one")
+
+
+def test_a_pool_that_would_pickle_saves_a_checkpoint(tmp_path):
+    """The framework's sequence-to-sequence pool; and then that checkpoint is the model of a pool."""
+    base, entries = t5(), ["tokenizer: null", "_recursive_: false", "models:"]
+    for number, name in enumerate(("_pretrained_", "red", "green")):
+        (perturbed(base, seed=number) if number else base).save_pretrained(tmp_path / name)
+        loader = "_target_: transformers.AutoModelForSeq2SeqLM.from_pretrained"
+        entries.append(f"  {name}: {{{loader}, pretrained_model_name_or_path: {tmp_path / name}}}")
+    (tmp_path / "conf" / "modelpool").mkdir(parents=True)
+    pool = "\n".join(["_target_: fusion_bench.modelpool.Seq2SeqLMPool", *entries])
+    (tmp_path / "conf" / "modelpool" / "small.yaml").write_text(pool)
+    common = ["--config-dir", str(tmp_path / "conf"), "method=smile_upscaling", "method.k=4", "method.gate_k=2"]
+    done = fusion_bench(*common, "modelpool=small", "merged_model_save_path=saved", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = upscale(base, {n: perturbed(base, seed=s) for s, n in ((1, "red"), (2, "green"))}, k=4, gate_k=2)
+    saved = load(tmp_path / "saved")
+    assert all(torch.equal(x, y) for x, y in zip(saved.parameters(), expected.parameters(), strict=True))
+    again = ["modelpool=SmileCheckpoint/seq2seq_lm", "modelpool.path=saved", "method=dummy", "taskpool=dummy"]
+    done = fusion_bench(*again, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_frameworks_own_options_are_accepted(workplace):
