@@ -15,7 +15,7 @@ from torch import nn
 
 from . import embedded
 from .checkpoint import load
-from .embedded import text
+from .embedded import glue, text
 from .ending import one_clear_line
 from .errors import PlanError, SmileError
 from .sources import ADAPTER_CONFIG, INDEX, SINGLE, FilesSource, Openable, StateSource, tied_names
@@ -23,7 +23,7 @@ from .sources import ADAPTER_CONFIG, INDEX, SINGLE, FilesSource, Openable, State
 PATH_KEYS = {"_target_", "pretrained_model_name_or_path", "torch_dtype", "dtype"}
 LORA_LOADER = "fusion_bench.modelpool.seq2seq_lm.modelpool.load_lora_model"
 EMBEDDED_LOADERS: dict[str, Callable[..., Path]] = {
-    f"{module.__name__}.load_expert": module.expert_folder for module in (embedded, text)
+    f"{module.__name__}.load_expert": module.expert_folder for module in (embedded, glue, text)
 }
 
 

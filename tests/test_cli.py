@@ -244,7 +244,7 @@ def test_a_wheel_holds_everything(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     configs = [f.relative_to(REPOSITORY / "config") for f in (REPOSITORY / "config").rglob("*.yaml")]
     assert all(f"fusion_bench_smile_config/{name}" in names for name in configs)
-    for part in (".", "text"):
+    for part in (".", "glue", "text"):
         data = REPOSITORY / "fusion_bench_smile" / "embedded" / part / "data"
         files = [str(f.relative_to(REPOSITORY)) for f in data.rglob("*") if f.is_file()]
         assert files

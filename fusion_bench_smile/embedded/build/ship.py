@@ -51,7 +51,8 @@ def extract_adapter(
         root = factors.s.sqrt()  # split evenly: both halves keep a range that float16 resolves well
         layer.lora_A["default"].weight.zero_()[: factors.rank] = root[:, None] * factors.down
         layer.lora_B["default"].weight.zero_()[:, : factors.rank] = factors.up / root
-        layer.base_layer.bias.copy_(tuned.get_submodule(name).bias)
+        if layer.base_layer.bias is not None:
+            layer.base_layer.bias.copy_(tuned.get_submodule(name).bias)
     for name, module in tuned.named_modules():
         if name.split(".")[-1] in norms:
             wrapped = model.base_model.model.get_submodule(name)

@@ -1,0 +1,124 @@
+"""The tiny T5: its vocabulary, its pretraining on all tasks and on filling gaps, and fine-tuning on one task."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from ....glue import Example
+
+log = logging.getLogger(__name__)
+
+VOCABULARY, GAPS = 4000, 4
+SPECIAL = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{number}>" for number in range(GAPS))]
+STEPS, FINE_TUNING_STEPS, BATCH = 3000, 300, 32
+LR, FINE_TUNING_LR = 2e-3, 3e-4
+FILLING = 0.1  # the share of pretraining examples with gaps to fill
+
+
+def build_tokenizer(examples: Sequence[Example]) -> PreTrainedTokenizerFast:
+    """A byte-pair vocabulary of the examples' prompts and answers."""
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    raw.decoder = decoders.Metaspace()
+    raw.train_from_iterator(
+        (text for pair in examples for text in pair),
+        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, show_progress=False),
+    )
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=128,
+        additional_special_tokens=SPECIAL[3:],
+    )  # fmt: skip
+
+
+def build_model(tokenizer: PreTrainedTokenizerBase) -> T5ForConditionalGeneration:
+    """A T5 of hidden size 128 with three layers on either side."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=128, d_kv=32, d_ff=384, num_layers=3, num_heads=4, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu", decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config)
+
+
+def with_gaps(text: str, rng: random.Random) -> Example:
+    """A text with gaps, and what fills them (T5's span corruption)."""
+    words = text.split()
+    starts = sorted(rng.sample(range(0, max(len(words) - 1, 1), 4), min(2, (len(words) + 2) // 4)))
+    shown, answer, end = [], [], 0
+    for number, start in enumerate(starts):
+        gap = f"<extra_id_{number}>"
+        shown += [*words[end:start], gap]
+        answer += [gap, *words[start : start + 2]]
+        end = start + 2
+    return " ".join([*shown, *words[end:]]), " ".join(answer)
+
+
+def pretrain(
+    model: T5ForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Sequence[Example]],
+    texts: Sequence[str],
+) -> T5ForConditionalGeneration:
+    """Train on all tasks, as Flan does, and on filling gaps."""
+    rng = random.Random(0)
+
+    def batches() -> Iterator[list[Example]]:
+        while True:
+            yield [
+                with_gaps(rng.choice(texts), rng) if rng.random() < FILLING else rng.choice(rng.choice(tasks))
+                for _ in range(BATCH)
+            ]
+
+    return _trained(model, tokenizer, batches(), STEPS, LR)
+
+
+def finetune(
+    model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> T5ForConditionalGeneration:
+    """A copy, trained on one task; the embeddings, which SMILE keeps pretrained, stay as they are."""
+    rng = random.Random(0)
+    tuned = deepcopy(model)
+    tuned.shared.requires_grad_(False)
+    batches = (rng.sample(examples, BATCH) for _ in range(FINE_TUNING_STEPS))
+    return _trained(tuned, tokenizer, batches, FINE_TUNING_STEPS, FINE_TUNING_LR).requires_grad_(True)
+
+
+def _trained(
+    model: T5ForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Iterator[Sequence[Example]],
+    steps: int,
+    lr: float,
+) -> T5ForConditionalGeneration:
+    parameters = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (0.05 * steps), 0.5 * (1 + math.cos(math.pi * step / steps)))
+    )
+    running = 0.0
+    for step, batch in zip(range(steps), batches, strict=False):
+        prompts = tokenizer([prompt for prompt, _ in batch], padding=True, truncation=True, return_tensors="pt")
+        labels = tokenizer(
+            [answer for _, answer in batch], padding=True, truncation=True, return_tensors="pt"
+        ).input_ids
+        labels = labels.masked_fill(labels == tokenizer.pad_token_id, -100)
+        output = model(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, labels=labels)
+        optimizer.zero_grad(set_to_none=True)
+        output.loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        running = output.loss.item() if not step else 0.98 * running + 0.02 * output.loss.item()
+        if (step + 1) % 200 == 0:
+            log.info("step %d of %d, loss %.3f", step + 1, steps, running)
+    return model.eval()
