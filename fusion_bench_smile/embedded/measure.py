@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -121,20 +121,17 @@ def to_markdown(table: pd.DataFrame, digits: int, exceptions: Mapping[str, int] 
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def write_report(file: Path, text: str) -> None:
-    """Write the file whole or not at all, and print its name."""
+def run(report: Callable[[], str], description: str | None) -> None:
+    """Write a report into the file that the command line names, whole or not at all."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="where the report goes")
+    file = parser.parse_args().file
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(".part")
-    scratch.write_text(text)
+    scratch.write_text(report())
     os.replace(scratch, file)
     print(file)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="where the report goes")
-    write_report(parser.parse_args().file, report())
-
-
 if __name__ == "__main__":
-    main()
+    run(report, __doc__)

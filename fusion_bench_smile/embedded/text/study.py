@@ -5,10 +5,8 @@ python -m fusion_bench_smile.embedded.text.study docs/embedded_text_results.md
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from ...layers import Routed
 from ...text_classification import batch_of
 from ...upscale import upscale
-from ..measure import parameters_of, to_markdown, write_report
+from ..measure import parameters_of, run, to_markdown
 from . import DATA, KINDS, TASKS, Kind, load_expert, load_head, load_pretrained, load_texts, load_tokenizer
 from .evaluate import accuracy, arrays
 
@@ -136,11 +134,5 @@ def report() -> str:
     return "\n".join([*lines, "", "## Sizes", "", "In MB:", "", to_markdown(pd.DataFrame({"size": sizes}), 1), ""])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="where the report goes")
-    write_report(parser.parse_args().file, report())
-
-
 if __name__ == "__main__":
-    main()
+    run(report, __doc__)
