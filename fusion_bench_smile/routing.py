@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +27,42 @@ class LayerRouting:
     choices: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
 
+    def see(self, scores: Tensor, choices: Tensor, weights: Tensor) -> None:
+        self.scores.append(scores)
+        self.choices.append(choices)
+        self.weights.append(weights)
+
     @property
     def loads(self) -> Tensor:
         """The share of all tokens' weights that went to each expert: (T,), adding up to 1."""
-        experts = self.scores[0].shape[-1]
-        total = self.scores[0].new_zeros(experts)
-        for choices, weights in zip(self.choices, self.weights, strict=True):
-            total.index_add_(0, choices.flatten(), weights.flatten())
+        total = sum(map(_weight_of_each, self.scores, self.choices, self.weights))
+        assert isinstance(total, Tensor)
         return total / total.sum()
+
+
+@dataclass
+class LayerStatistics:
+    """What one layer's router did, summed over all tokens: memory doesn't grow with them."""
+
+    weights: Tensor | float = 0.0  # of each expert: (T,)
+    entropies: Tensor | float = 0.0
+    tokens: int = 0
+
+    def see(self, scores: Tensor, choices: Tensor, weights: Tensor) -> None:
+        logs = scores.log_softmax(dim=-1)
+        self.weights = self.weights + _weight_of_each(scores, choices, weights)
+        self.entropies = self.entropies - (logs.exp() * logs).sum()
+        self.tokens += scores.numel() // scores.shape[-1]
+
+    @property
+    def load(self) -> list[float]:
+        """The share of all tokens' weights that went to each expert: T numbers, adding up to 1."""
+        return (torch.as_tensor(self.weights) / self.tokens).tolist()
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of the softmax over all experts, relative to an even choice: 0 is certain, 1 undecided."""
+        return float(self.entropies) / self.tokens / math.log(len(self.load))
 
 
 @contextmanager
@@ -50,24 +77,56 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, LayerRouting]]:
         ...     model(pixel_values=images)
         >>> routing["vision_model.encoder.layers.0.mlp.fc1"].loads
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Routed) and m.gate is not None}
-    record = {name: LayerRouting() for name in layers}
-    handles = [
-        layer.register_forward_pre_hook(partial(_look, record[name]), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
-    try:
+    record = {name: LayerRouting() for name in _routers(model)}
+    with _watching(model, {name: layer.see for name, layer in record.items()}):
         yield record
+
+
+@contextmanager
+def routing_statistics(model: nn.Module) -> Iterator[dict[str, LayerStatistics]]:
+    """Sum up how every routed layer of `model` routes inside the ``with`` block, as `record_routing` does token by token.
+
+    Yields:
+        Layer name → its sums, filled as the model runs.
+    """
+    record = {name: LayerStatistics() for name in _routers(model)}
+    with _watching(model, {name: layer.see for name, layer in record.items()}):
+        yield record
+
+
+def _routers(model: nn.Module) -> dict[str, Routed]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, Routed) and m.gate is not None}
+
+
+@contextmanager
+def _watching(model: nn.Module, see: dict[str, Callable[[Tensor, Tensor, Tensor], None]]) -> Iterator[None]:
+    """Have each router tell the scores, choices and weights that it computes anyway."""
+
+    def watched(layer: Routed, tell: Callable[[Tensor, Tensor, Tensor], None]) -> Callable[[Tensor], Tensor]:
+        plain = layer._scores  # or what another one who watches has put there
+
+        def scores(projected: Tensor) -> Tensor:
+            computed = plain(projected)
+            with torch.no_grad():
+                tell(computed.detach(), *layer.chosen(computed.detach()))
+            return computed
+
+        return scores
+
+    layers = _routers(model)
+    before = {name: vars(layer).get("_scores") for name, layer in layers.items()}
+    for name, layer in layers.items():
+        vars(layer)["_scores"] = watched(layer, see[name])
+    try:
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for name, layer in layers.items():
+            del vars(layer)["_scores"]
+            if before[name] is not None:
+                vars(layer)["_scores"] = before[name]
 
 
-@torch.no_grad()
-def _look(seen: LayerRouting, layer: Routed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    x = args[0] if args else kwargs["x"]
-    scores = layer.scores(x)
-    choices, weights = layer.chosen(scores)
-    seen.scores.append(scores)
-    seen.choices.append(choices)
-    seen.weights.append(weights)
+def _weight_of_each(scores: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
+    """How much weight went to each expert: (T,)."""
+    total = scores.new_zeros(scores.shape[-1])
+    return total.index_add_(0, choices.flatten(), weights.flatten().to(total.dtype))

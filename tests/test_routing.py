@@ -8,6 +8,7 @@ from conftest import clip_inputs, clip_tower, experts_of, output
 
 from fusion_bench_smile import record_routing, upscale
 from fusion_bench_smile.layers import SmileLinear
+from fusion_bench_smile.routing import routing_statistics
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -39,7 +40,7 @@ def test_afterwards_nobody_watches():
         raise RuntimeError("stopped")
     output(model, clip_inputs())
     assert not any(layer.scores for layer in routing.values())
-    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert not any("_scores" in vars(m) for m in model.modules())
 
 
 def test_an_expert_that_changed_nothing_gets_no_tokens():
@@ -48,3 +49,21 @@ def test_an_expert_that_changed_nothing_gets_no_tokens():
     with record_routing(model) as routing:
         output(model, clip_inputs())
     assert all(layer.loads[2] == 0 for layer in routing.values())
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("execution", ["grouped", "masked"])
+def test_the_statistics_are_those_of_the_record(top_k, execution):
+    base = clip_tower()
+    model = upscale(base, experts_of(base), k=4, gate_k=2, top_k=top_k, execution=execution)
+    batches = clip_inputs(), clip_inputs()
+    with record_routing(model) as routing, routing_statistics(model) as statistics:
+        for batch in batches:
+            output(model, batch)
+    for name, layer in routing.items():
+        torch.testing.assert_close(torch.tensor(statistics[name].load), layer.loads)
+        scores = torch.cat([each.flatten(0, -2) for each in layer.scores]).double()
+        shares = scores.softmax(-1)
+        entropy = -(shares * shares.log()).sum(-1).mean() / torch.tensor(3.0).log()
+        assert statistics[name].entropy == pytest.approx(entropy.item(), abs=1e-5)
+        assert statistics[name].tokens == len(scores)

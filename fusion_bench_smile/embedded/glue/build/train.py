@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 VOCABULARY, GAPS = 4000, 4
 SPECIAL = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{number}>" for number in range(GAPS))]
-STEPS, FINE_TUNING_STEPS, BATCH = 3000, 300, 32
+STEPS, FINE_TUNING_STEPS, BATCH = 10000, 600, 32
 LR, FINE_TUNING_LR = 2e-3, 3e-4
 FILLING = 0.1  # the share of pretraining examples with gaps to fill
 
