@@ -1,41 +1,305 @@
-"""The framework's fusion program, with what a comparison needs beside the accuracies in its report."""
+"""The framework's fusion program, with a report that says what was measured, and sweeps that lose nothing."""
 
 from __future__ import annotations
 
-import time
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
+import torch
 from fusion_bench.programs.fabric_fusion_program import FabricModelFusionProgram
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
+
+from .individual import IndividualModels, own_task
+from .labels import label_of
+from .modelpool import load_model
+from .report import (
+    FILE,
+    ReportError,
+    Routing,
+    RunReport,
+    Stage,
+    TaskResult,
+    average_of,
+    fingerprint,
+    retention_of,
+    task_results,
+    write_whole,
+)
+from .report import LayerRouting as LayerReport
+from .routing import routing_statistics
+from .surroundings import Meter, environment
+
+log = logging.getLogger(__name__)
+
+CLI = "fusion_bench.scripts.cli"
+PRETRAINED = "_pretrained_"
+WITHOUT_EFFECT = ("device", "factor_cache", "upscaling_accelerator")  # on what a method computes
+FOR_CONFIGURATIONS = ("study", "tuned", "split", "strength")  # root keys that only interpolations read
 
 
 class ReportingFusionProgram(FabricModelFusionProgram):
-    """Adds a section ``run`` to the report: label, row, strength, task, and the seconds the method took.
+    """Writes `RunReport` beside the framework's own report, whether the run ends well or not.
+
+    A run whose report lies in its folder already, of the same configuration, is skipped: a sweep that was killed does
+    what is missing when it is started again. A job of a sweep that needs several processes gets them for itself:
+    those that Fabric starts would repeat the whole sweep.
 
     Args:
-        label: the name of the run in tables.
-        scaling: for each strength the method's scaling factor; the configuration picks one.
-        options: everything else; `row`, `strength` and `task` are put into the report as they are.
+        label: the run's name in tables; None makes one of the method and its options.
+        benchmark: runs with the same one can be compared; None is model pool and task pool.
+        individual: a folder (or file) with the report of the individual models, for retention.
+        budget: parameter ratio above which the objective counts as missed.
+        routing: put what the routers do into the report.
+        redo: run even if the report lies there.
+        options: everything else; see the framework's program.
     """
 
-    def __init__(self, *args: Any, label: str, scaling: Any = None, **options: Any) -> None:
-        notes: dict[str, Any] = {key: options.pop(key) for key in ("row", "strength", "task") if key in options}
-        self.notes = {"label": label, **notes}
-        self._ready = time.perf_counter()
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        *args: Any,
+        label: str | None = None,
+        benchmark: str | None = None,
+        individual: str | None = None,
+        budget: float | None = None,
+        routing: bool = True,
+        redo: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, **{key: value for key, value in options.items() if key not in FOR_CONFIGURATIONS})
+        self.label, self.benchmark, self.individual, self.budget = label, benchmark, individual, budget
+        self.watch_routing, self.redo = routing, redo
+        self.measurements: dict[str, Any] = {}
+        self._meter = Meter()
 
-    def _instantiate_and_setup(self, *args: Any, **kwargs: Any) -> Any:
-        made = super()._instantiate_and_setup(*args, **kwargs)
-        self._ready = time.perf_counter()  # pools and method stand: what follows is the method's run
+    # -- what the framework calls
+
+    def run(self) -> dict[str, Any]:
+        """Run the method, evaluate, and write the report.
+
+        Returns:
+            What the framework's program returns, and the `RunReport` under ``run_report``, if one was written.
+        """
+        folder = self.folder
+        done = None if self.redo else self._finished(folder)
+        if done is not None:
+            log.info("%s is done already: %s", done.label, folder / FILE)
+            return {"merged_model": None, "report": None, "run_report": done}
+        if self._needs_own_processes():
+            return {"merged_model": None, "report": None, "run_report": self._run_apart(folder)}
+        return self._run_here(folder)
+
+    def _instantiate_and_setup(self, config: DictConfig, *args: Any, **kwargs: Any) -> Any:
+        made = super()._instantiate_and_setup(config, *args, **kwargs)
+        self._meter = Meter()  # pools and method stand: what follows is the method's run
         return made
 
     def save_merged_model(self, merged_model: nn.Module) -> None:
-        self.notes["method_seconds"] = time.perf_counter() - self._ready
-        if self.merged_model_save_path is not None:
+        self.measurements["construction"] = self._meter.stop()
+        if isinstance(merged_model, nn.Module):
+            self.measurements["parameters"] = _parameters(merged_model)
+        if self.merged_model_save_path is None:
+            return
+        if isinstance(merged_model, IndividualModels):
+            log.warning("merged_model_save_path: the individual models are not saved, they lie where they were read")
+        else:
             super().save_merged_model(merged_model)
 
-    def evaluate_merged_model(self, *args: Any, **kwargs: Any) -> Any:
-        report = super().evaluate_merged_model(*args, **kwargs)
-        if isinstance(report, dict):
-            report["run"] = self.notes
+    def evaluate_merged_model(self, taskpool: Any, merged_model: Any, *args: Any, **kwargs: Any) -> Any:
+        report: Any
+        meter = Meter()
+        if isinstance(merged_model, IndividualModels):
+            self.measurements["kind"] = "individual"
+            report = self._evaluate_individual(merged_model)
+        else:
+            with self._watching(merged_model):
+                report = super().evaluate_merged_model(taskpool, merged_model, *args, **kwargs)
+        self.measurements["evaluation"] = meter.stop()
         return report
+
+    # -- the parts of a run
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's files go."""
+        where = self.path.get("log_dir") if self.path is not None else None
+        return Path(where or self.log_dir or ".")
+
+    def _run_here(self, folder: Path) -> dict[str, Any]:
+        started = datetime.now(timezone.utc)
+        theirs, self.report_save_path = self.report_save_path, None  # each process would write it
+        try:
+            result: Any = super().run()
+            report = self._complete(result["report"], started)
+        except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and error.code in (None, 0):
+                raise
+            if _first_process():
+                self._report(started, status="failed", error=_reason(error), **self.measurements).write(folder)
+            raise
+        if report is not None and _first_process():
+            if theirs is not None:
+                file = Path(theirs.format(log_dir=folder))
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(file, json.dumps(result["report"], default=str))
+            log.info("report: %s", report.write(folder))
+        return {**result, "run_report": report}
+
+    @contextmanager
+    def _watching(self, model: Any) -> Iterator[None]:
+        if not self.watch_routing or not isinstance(model, nn.Module):
+            yield
+            return
+        with routing_statistics(model) as routers:
+            yield
+        layers = {n: LayerReport(load=r.load, entropy=r.entropy) for n, r in routers.items() if r.tokens}
+        if layers:
+            self.measurements["routing"] = Routing(experts=list(self.modelpool.model_names), layers=layers)
+
+    def _evaluate_individual(self, models: IndividualModels) -> dict[str, Any]:
+        report: dict[str, Any] = {}
+        total = 0
+        for name, model in models:
+            pool = self._instantiate_and_setup(own_task(self._taskpool or DictConfig({}), name))
+            total += _parameters(model)
+            report[name] = pool.evaluate(model)[name]
+        self.measurements["parameters"] = total
+        return report
+
+    def _complete(self, report: Any, started: datetime) -> RunReport | None:
+        """The report of a run that ended well; None where nothing was evaluated, or several models were."""
+        tasks = task_results(report) if isinstance(report, Mapping) else {}
+        if not tasks:
+            if report is not None:
+                log.warning("no %s: the task pool's report isn't that of one model on named tasks", FILE)
+            return None
+        samples = [task.samples for task in tasks.values()]
+        evaluation: Stage = self.measurements["evaluation"]
+        if None not in samples:
+            evaluation.samples_per_second = sum(filter(None, samples)) / evaluation.seconds
+        made = self._report(started, status="complete", tasks=tasks, average=average_of(tasks), **self.measurements)
+        made.pretrained_parameters = self._pretrained_parameters()
+        made.retention = retention_of(tasks, tasks if made.kind == "individual" else self._individual_tasks())
+        made.objective = objective_of(made, self.budget)
+        return made
+
+    def _report(self, started: datetime, **measurements: Any) -> RunReport:
+        config = self._resolved()
+        initialized = HydraConfig.initialized()
+        choices = HydraConfig.get().runtime.choices if initialized else {}
+        pools = {name: str(choices.get(name) or config[name].get("_target_")) for name in ("modelpool", "taskpool")}
+        fabric = self._fabric_instance
+        return RunReport(
+            label=self.label or label_of(config["method"]),
+            benchmark=self.benchmark or " · ".join(pools.values()),
+            method=config["method"],
+            models=[name for name in config["modelpool"].get("models") or {} if name != PRETRAINED],
+            **pools,
+            seed=self.seed,
+            overrides=list(HydraConfig.get().overrides.task) if initialized else [],
+            config=config,
+            fingerprint=self._fingerprint(),
+            environment=environment(
+                fabric.device if fabric is not None else torch.device("cpu"),
+                fabric.world_size if fabric is not None else 1,
+            ),
+            started=started,
+            finished=datetime.now(timezone.utc),
+            **measurements,
+        )
+
+    def _resolved(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {"method": self._method, "modelpool": self._modelpool, "taskpool": self._taskpool or {}}
+        plain = {name: OmegaConf.to_container(part, resolve=True) for name, part in parts.items() if part is not None}
+        return {"taskpool": {}, **plain, "seed": self.seed, "fast_dev_run": self.fast_dev_run}
+
+    def _fingerprint(self) -> str:
+        config = self._resolved()
+        config["method"] = {key: value for key, value in config["method"].items() if key not in WITHOUT_EFFECT}
+        return fingerprint(config)
+
+    def _pretrained_parameters(self) -> int | None:
+        if PRETRAINED not in self.modelpool.all_model_names:
+            return None
+        return _parameters(load_model(self.modelpool, PRETRAINED))
+
+    def _individual_tasks(self) -> dict[str, TaskResult]:
+        if self.individual is None:
+            return {}
+        file = Path(self.individual)
+        try:
+            return RunReport.read(file / FILE if file.is_dir() or not file.suffix else file).tasks
+        except ReportError as error:
+            log.warning("individual=%s: %s; the report is without retention, the leaderboard adds it", file, error)
+            return {}
+
+    # -- jobs of a sweep
+
+    def _finished(self, folder: Path) -> RunReport | None:
+        try:
+            report = RunReport.read(folder / FILE)
+        except ReportError:
+            return None
+        return report if report.status == "complete" and report.fingerprint == self._fingerprint() else None
+
+    def _needs_own_processes(self) -> bool:
+        if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN or "LOCAL_RANK" in os.environ:
+            return False
+        fabric: Any = self._fabric or {}
+        return str(fabric.get("devices", 1)) != "1" or int(fabric.get("num_nodes") or 1) > 1
+
+    def _run_apart(self, folder: Path) -> RunReport:
+        started = datetime.now(timezone.utc)
+        hydra = HydraConfig.get()
+        command = [
+            sys.executable, "-m", CLI, "--config-name", str(hydra.job.config_name), *hydra.overrides.task,
+            "hydra.mode=RUN", f'hydra.run.dir="{folder}"',
+        ]  # fmt: skip
+        # within Slurm Fabric would wait for tasks that Slurm has started; this one starts its own processes
+        code = subprocess.run(command, check=False, env={**os.environ, "SLURM_JOB_NAME": "interactive"}).returncode
+        try:
+            report = RunReport.read(folder / FILE)
+            current = report.finished >= started and report.fingerprint == self._fingerprint()
+        except ReportError:
+            current = False
+        if not current:
+            reason = f"the processes ended with exit code {code}; their output says why"
+            report = self._report(started, status="failed", error=reason)
+            report.write(folder)
+        if report.status == "failed":
+            raise RuntimeError(report.error)
+        return report
+
+
+def objective_of(report: RunReport, budget: float | None) -> float | None:
+    """What an optimiser maximises: retention, or the average where that is unknown, in percent.
+
+    Above the budget of parameters it is negative, the more the farther: worse than any model within.
+    """
+    if budget is not None and report.ratio is not None and report.ratio > budget:
+        return 100 * (1 - report.ratio / budget)
+    return report.average if report.retention is None else report.retention
+
+
+def _first_process() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error.code) if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+    return text.removeprefix("error: ")

@@ -84,7 +84,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, LayerRouting]]:
 
 @contextmanager
 def routing_statistics(model: nn.Module) -> Iterator[dict[str, LayerStatistics]]:
-    """Sum up how every routed layer of `model` routes inside the ``with`` block, as `record_routing` does token by token.
+    """Sum up how every routed layer of `model` routes inside the ``with`` block.
 
     Yields:
         Layer name → its sums, filled as the model runs.

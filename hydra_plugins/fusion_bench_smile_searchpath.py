@@ -1,6 +1,7 @@
 """Lets `fusion_bench method=smile_upscaling …` find this package's configuration, from any directory."""
 
 import difflib
+import hashlib
 import re
 import sys
 from pathlib import Path
@@ -11,11 +12,21 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ROOT / "fusion_bench_smile_config"
+LONGEST_NAME = 150
 
 # ${smile_embedded:clip} in a configuration is that folder of the embedded benchmark, wherever it is installed
 OmegaConf.register_new_resolver(
     "smile_embedded", lambda part: str(ROOT / "fusion_bench_smile" / "embedded" / "data" / part), replace=True
 )
+
+
+def _folder_name(overrides: str) -> str:
+    """A job's overrides as the name of one folder, within what file systems allow."""
+    name = re.sub(r"[^\w.,=+-]", "-", overrides.replace("+", "")) or "default"
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{hashlib.md5(name.encode()).hexdigest()[:8]}"
+
+
+OmegaConf.register_new_resolver("smile_folder", _folder_name, replace=True)
 
 
 class FusionBenchSmileSearchPath(SearchPathPlugin):

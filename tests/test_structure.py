@@ -54,6 +54,7 @@ def test_only_the_adapter_and_the_benchmark_know_the_framework():
         "evaluation.py",
         "glue.py",
         "modelpool.py",
+        "individual.py",
         "program.py",
         "taskpool.py",
         "text_classification.py",

@@ -40,4 +40,5 @@ def with_adapter(pretrained: Model, folder: Path) -> Model:
     """The model with an adapter merged into it."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(pretrained, str(folder)).merge_and_unload()
+    merged = PeftModel.from_pretrained(pretrained, str(folder)).merge_and_unload()
+    return merged.requires_grad_(True)  # which PEFT has frozen, and Fisher merging needs
