@@ -50,8 +50,9 @@ class Stage(_Part):
 
     Attributes:
         seconds: wall-clock time of the first process.
-        peak_host_bytes: the most resident memory of the first process in this stage; None where the system can't tell.
-        peak_device_bytes: the most memory of its accelerator.
+        peak_host_bytes: the most memory of the first process, beyond what it held when the stage began; None where the
+            system can't tell.
+        peak_device_bytes: the same of its accelerator.
         samples_per_second: of all processes, loading included.
     """
 

@@ -23,15 +23,17 @@ class Meter:
 
     def __init__(self) -> None:
         self._peak_known = _forget_peaks()
+        self._held = _host_bytes("VmRSS")
+        self._held_on_device = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
         self._started = time.perf_counter()
 
     def stop(self) -> Stage:
         stage = Stage(seconds=0.0)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            stage.peak_device_bytes = torch.cuda.max_memory_allocated()
+            stage.peak_device_bytes = torch.cuda.max_memory_allocated() - self._held_on_device
         stage.seconds = time.perf_counter() - self._started
-        stage.peak_host_bytes = _peak_host_bytes() if self._peak_known else None
+        stage.peak_host_bytes = _host_bytes("VmHWM") - self._held if self._peak_known else None
         return stage
 
 
@@ -45,9 +47,12 @@ def _forget_peaks() -> bool:
     return False
 
 
-def _peak_host_bytes() -> int | None:
-    found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
-    return 1024 * int(found[1]) if found else None
+def _host_bytes(entry: str) -> int:
+    """Resident memory of this process (``VmRSS``), or its peak (``VmHWM``), on Linux; 0 where it isn't told."""
+    with suppress(OSError):
+        found = re.search(rf"{entry}:\s+(\d+) kB", STATUS.read_text())
+        return 1024 * int(found[1]) if found else 0
+    return 0
 
 
 def environment(device: torch.device, processes: int) -> Environment:
