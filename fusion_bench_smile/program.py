@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from fusion_bench.programs.fabric_fusion_program import FabricModelFusionProgram
+from fusion_bench.utils.parameters import count_parameters
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -29,7 +30,6 @@ from .report import (
     ReportError,
     Routing,
     RunReport,
-    Stage,
     TaskResult,
     average_of,
     fingerprint,
@@ -108,7 +108,7 @@ class ReportingFusionProgram(FabricModelFusionProgram):
     def save_merged_model(self, merged_model: nn.Module) -> None:
         self.measurements["construction"] = self._meter.stop()
         if isinstance(merged_model, nn.Module):
-            self.measurements["parameters"] = _parameters(merged_model)
+            self.measurements["parameters"] = count_parameters(merged_model)[1]
         if self.merged_model_save_path is None:
             return
         if isinstance(merged_model, IndividualModels):
@@ -172,7 +172,7 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         total = 0
         for name, model in models:
             pool = self._instantiate_and_setup(own_task(self._taskpool or DictConfig({}), name))
-            total += _parameters(model)
+            total += count_parameters(model)[1]
             report[name] = pool.evaluate(model)[name]
         self.measurements["parameters"] = total
         return report
@@ -184,11 +184,10 @@ class ReportingFusionProgram(FabricModelFusionProgram):
             if report is not None:
                 log.warning("no %s: the task pool's report isn't that of one model on named tasks", FILE)
             return None
-        samples = [task.samples for task in tasks.values()]
-        evaluation: Stage = self.measurements["evaluation"]
-        if None not in samples:
-            evaluation.samples_per_second = sum(filter(None, samples)) / evaluation.seconds
         made = self._report(started, status="complete", tasks=tasks, average=average_of(tasks), **self.measurements)
+        samples = [task.samples for task in tasks.values()]
+        if made.evaluation is not None and None not in samples:
+            made.samples_per_second = sum(filter(None, samples)) / made.evaluation.seconds
         made.pretrained_parameters = self._pretrained_parameters()
         made.retention = retention_of(tasks, tasks if made.kind == "individual" else self._individual_tasks())
         made.objective = objective_of(made, self.budget)
@@ -233,7 +232,7 @@ class ReportingFusionProgram(FabricModelFusionProgram):
     def _pretrained_parameters(self) -> int | None:
         if PRETRAINED not in self.modelpool.all_model_names:
             return None
-        return _parameters(load_model(self.modelpool, PRETRAINED))
+        return count_parameters(load_model(self.modelpool, PRETRAINED))[1]
 
     def _individual_tasks(self) -> dict[str, TaskResult]:
         if self.individual is None:
@@ -295,10 +294,6 @@ def objective_of(report: RunReport, budget: float | None) -> float | None:
 
 def _first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _reason(error: BaseException) -> str:

@@ -53,13 +53,11 @@ class Stage(_Part):
         peak_host_bytes: the most memory of the first process, beyond what it held when the stage began; None where the
             system can't tell.
         peak_device_bytes: the same of its accelerator.
-        samples_per_second: of all processes, loading included.
     """
 
     seconds: float
     peak_host_bytes: int | None = None
     peak_device_bytes: int | None = None
-    samples_per_second: float | None = None
 
 
 class LayerRouting(_Part):
@@ -104,6 +102,7 @@ class RunReport(_Part):
         average: of the tasks' scores; None where one is undefined.
         retention: the average in percent of the individual models', where they were known to the run.
         parameters: of the model that was evaluated; for individual models, of all of them together.
+        samples_per_second: while evaluating, of all processes together, loading the data included.
         objective: what an optimiser of the run's options maximises.
     """
 
@@ -129,6 +128,7 @@ class RunReport(_Part):
     pretrained_parameters: int | None = None
     construction: Stage | None = None
     evaluation: Stage | None = None
+    samples_per_second: float | None = None
     routing: Routing | None = None
     environment: Environment
     started: datetime

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import platform
 import re
 import subprocess
@@ -22,6 +24,7 @@ class Meter:
     """Measures seconds and peak memory, from when it is made until `stop`."""
 
     def __init__(self) -> None:
+        _give_memory_back()
         self._peak_known = _forget_peaks()
         self._held = _host_bytes("VmRSS")
         self._held_on_device = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
@@ -35,6 +38,13 @@ class Meter:
         stage.seconds = time.perf_counter() - self._started
         stage.peak_host_bytes = _host_bytes("VmHWM") - self._held if self._peak_known else None
         return stage
+
+
+def _give_memory_back() -> None:
+    """What earlier runs of this process freed, but the allocator keeps, would hide what this one takes."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # of glibc
 
 
 def _forget_peaks() -> bool:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from fusion_bench.tasks.clip_classification import get_classnames_and_templates
@@ -16,7 +14,7 @@ from transformers import CLIPProcessor
 
 from fusion_bench_smile import upscale
 from fusion_bench_smile.embedded import DATA, STRENGTHS, TASKS, Pixels, load_expert, load_images, load_pretrained
-from fusion_bench_smile.embedded.comparison import IMAGES, NUMBERS, gather, to_markdown, write
+from fusion_bench_smile.embedded.comparison import BENCHMARKS
 from fusion_bench_smile.embedded.measure import accuracies, relative_deltas, router_accuracy
 
 
@@ -98,35 +96,10 @@ def test_relative_deltas():
     assert relative_deltas(base, other).tolist() == pytest.approx([25.0] * 24, rel=1e-5)
 
 
-def fake_reports(folder: Path) -> None:
-    def put(row: str, tasks: list[str], parameters: int, accuracy: float) -> None:
-        file = folder / "outputs" / "smile_embedded" / "gentle" / row / "program_report.json"
-        file.parent.mkdir(parents=True)
-        report = {task: {"accuracy": accuracy} for task in tasks}
-        notes = {"label": row, "method_seconds": 1.5}
-        file.write_text(json.dumps({**report, "model_info": {"all_params": parameters}, "run": notes}))
-
-    for task in TASKS:
-        put(f"individual_{task}", [task], 100, 0.8)
-    for row in IMAGES.rows:
-        put(row, list(TASKS), 150 if row.startswith("smile") else 100, 0.6)
-
-
-def test_the_comparison_gathers_reports(tmp_path):
-    fake_reports(tmp_path)
-    table = gather(tmp_path, "gentle")
-    assert list(table.columns) == [*TASKS, *NUMBERS]
-    assert table.loc["individual", "parameters"] == 8
-    assert table.loc["smile", "parameters"] == 1.5
-    assert table["retention"].tolist() == pytest.approx([100.0] + [75.0] * len(IMAGES.rows))
-    assert to_markdown(table).splitlines()[-1].endswith("| 60.0 | 75.0 | 1.50× | 1.50 |")
-    files = write({"gentle": table}, tmp_path / "result")
-    assert sorted(f.name for f in files) == ["comparison-gentle.csv", "comparison-gentle.md", "comparison.png"]
-    again = pd.read_csv(tmp_path / "result" / "comparison-gentle.csv", index_col="method")
-    assert again.loc["smile", "average"] == 60
-    assert not [f for f in (tmp_path / "result").iterdir() if f.is_dir()]
-
-
-def test_a_missing_report_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="individual_digits"):
-        gather(tmp_path, "gentle")
+@pytest.mark.parametrize("benchmark", BENCHMARKS.values(), ids=lambda benchmark: benchmark.name)
+def test_the_comparison_runs_every_row_of_every_set(benchmark):
+    for chosen in benchmark.sets:
+        commands = benchmark.commands(chosen)
+        assert all(c[:3] == ["fusion_bench", "-m", f"+experiment={benchmark.experiments}/{chosen}"] for c in commands)
+        assert commands[0][3] == f"+smile_row={','.join(benchmark.rows)}"
+    assert {"individual", "task_arithmetic", "ties_merging"} <= set(benchmark.rows)

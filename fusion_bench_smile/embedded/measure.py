@@ -6,7 +6,6 @@ python -m fusion_bench_smile.embedded.measure docs/embedded_results.md
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,6 +15,8 @@ import torch
 from torch import nn
 from transformers import CLIPModel, CLIPProcessor, CLIPVisionModel
 
+from ..leaderboard.tables import markdown_table
+from ..report import write_whole
 from ..routing import record_routing
 from ..upscale import upscale
 from . import DATA, STRENGTHS, TASKS, Strength, load_expert, load_images, load_pretrained
@@ -114,11 +115,10 @@ def parameters_of(model: nn.Module) -> int:
 
 def to_markdown(table: pd.DataFrame, digits: int, exceptions: Mapping[str, int] | None = None) -> str:
     """A table of numbers with so many decimals; some columns with others."""
-    rows = [["", *map(str, table.columns)], ["---", *["---:"] * len(table.columns)]]
-    places = [(exceptions or {}).get(column, digits) for column in table.columns]
-    for name, row in table.iterrows():
-        rows.append([str(name), *(f"{value:.{n}f}" for value, n in zip(row, places, strict=True))])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    places = {column: (exceptions or {}).get(column, digits) for column in table.columns}
+    text = pd.DataFrame({str(c): [f"{value:.{places[c]}f}" for value in table[c]] for c in table.columns})
+    text.insert(0, "", [str(name) for name in table.index])
+    return "\n".join(markdown_table(text))
 
 
 def run(report: Callable[[], str], description: str | None) -> None:
@@ -127,9 +127,7 @@ def run(report: Callable[[], str], description: str | None) -> None:
     parser.add_argument("file", type=Path, help="where the report goes")
     file = parser.parse_args().file
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".part")
-    scratch.write_text(report())
-    os.replace(scratch, file)
+    write_whole(file, report())
     print(file)
 
 

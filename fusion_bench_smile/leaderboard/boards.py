@@ -134,7 +134,7 @@ def _row(run: Run) -> dict[str, object]:
         "parameters": report.ratio,
         "seconds": constructed and constructed.seconds,
         "memory": peak and peak / 1e6,
-        "throughput": report.evaluation and report.evaluation.samples_per_second,
+        "throughput": report.samples_per_second,
         "origin": MEASURED,
         "kind": report.kind,
         **{name: _number(report, name) for name in ("gate_k", "k", "top_k")},

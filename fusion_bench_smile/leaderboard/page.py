@@ -46,7 +46,7 @@ def _board(board: Board) -> dict[str, Any]:
             "unit": "×" if column == "parameters" else "",
             "help": COLUMNS.get(column, "score on this task, in %"),
         }
-        for column in shown_columns(board)
+        for column in sorted(shown_columns(board), key=board.tasks.__contains__)  # on a phone the first ones are seen
     ]
     rows = [
         {

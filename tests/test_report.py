@@ -1,0 +1,146 @@
+"""The report of a run: what goes in comes out, and what is no report is refused with its reason."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusion_bench_smile.report import (
+    FILE,
+    ReportError,
+    RunReport,
+    TaskResult,
+    average_of,
+    retention_of,
+    task_results,
+    write_whole,
+)
+
+
+def report(**changes) -> RunReport:
+    """A complete report of two tasks."""
+    tasks = {name: {"metric": "accuracy", "score": score, "samples": 10} for name, score in (("a", 80.0), ("b", 60.0))}
+    values = {
+        "status": "complete", "label": "SMILE (gate_k=4, k=8)", "benchmark": "small", "modelpool": "pool",
+        "taskpool": "tasks", "method": {"_target_": "some.Method", "gate_k": 4, "k": 8}, "fingerprint": "abc",
+        "tasks": tasks, "average": 70.0, "parameters": 150, "pretrained_parameters": 100,
+        "construction": {"seconds": 1.5, "peak_host_bytes": 2_000_000}, "evaluation": {"seconds": 2.0},
+        "environment": {
+            "python": "3", "platform": "p", "accelerator": "cpu", "processes": 1, "threads": 1, "packages": {}
+        },
+        "started": "2026-01-01T00:00:00Z", "finished": "2026-01-01T00:01:00Z",
+    }  # fmt: skip
+    return RunReport.model_validate(values | changes)
+
+
+def test_a_report_comes_back(tmp_path):
+    file = report().write(tmp_path / "run")
+    assert file == tmp_path / "run" / FILE
+    assert RunReport.read(file) == report()
+    assert report().ratio == 1.5
+    assert [f.name for f in file.parent.iterdir()] == [FILE]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda text: text[: len(text) // 2], "can't be read"),
+        (lambda text: "[]", "schema version is None"),
+        (
+            lambda text: text.replace('"schema_version": 1', '"schema_version": 99'),
+            "schema version is 99.*run it again",
+        ),
+        (lambda text: text.replace('"score": 80.0', '"score": "high"'), r"tasks\.a\.score"),
+        (lambda text: text.replace('"score": 80.0', '"score": NaN'), r"tasks\.a\.score"),
+        (lambda text: text.replace('"label"', '"lable"'), "label: Field required"),
+        (lambda text: "\x00\x01", "can't be read"),
+    ],
+)
+def test_what_is_no_report_is_refused(tmp_path, damage, reason):
+    file = report().write(tmp_path)
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(ReportError, match=reason):
+        RunReport.read(file)
+
+
+def test_a_missing_report_is_a_run_that_was_killed(tmp_path):
+    with pytest.raises(ReportError, match="killed, or still goes on"):
+        RunReport.read(tmp_path / FILE)
+
+
+def test_a_report_says_why_it_failed_or_what_was_measured():
+    with pytest.raises(ValueError, match="a failed run has an error"):
+        report(status="failed", tasks={})
+    with pytest.raises(ValueError, match="a complete run has tasks"):
+        report(tasks={})
+
+
+def test_a_report_of_another_configuration_is_kept(tmp_path):
+    report(average=1.0).write(tmp_path)
+    report(average=2.0).write(tmp_path)  # the same configuration: replaced
+    report(fingerprint="other").write(tmp_path)
+    assert RunReport.read(tmp_path / "smile_report-abc.json").average == 2.0
+    assert RunReport.read(tmp_path / FILE).fingerprint == "other"
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch):
+    file = report().write(tmp_path)
+    before = file.read_bytes()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(file, "new")
+    assert file.read_bytes() == before
+    assert [f.name for f in tmp_path.iterdir()] == [FILE]
+
+
+def test_a_written_file_can_be_read_by_others(tmp_path):
+    write_whole(tmp_path / "text", "é")
+    assert (tmp_path / "text").stat().st_mode & 0o044
+    assert (tmp_path / "text").read_text(encoding="utf-8") == "é"
+
+
+def test_tasks_of_the_frameworks_reports():
+    results = task_results(
+        {
+            "sun397": {"accuracy": 0.75, "loss": 0.9},
+            "glue-stsb": {"spearman_rho": float("nan"), "samples": 40},
+            "glue-cola": 0.5,
+            "model_info": {"all_params": 3},
+            "average": {"accuracy": 0.1},
+        }
+    )
+    assert set(results) == {"sun397", "glue-stsb", "glue-cola"}
+    assert results["sun397"] == TaskResult(metric="accuracy", score=75, metrics={"accuracy": 0.75, "loss": 0.9})
+    assert results["glue-stsb"] == TaskResult(
+        metric="spearman_rho", score=None, samples=40, metrics={"spearman_rho": None}
+    )
+    assert (results["glue-cola"].metric, results["glue-cola"].score) == ("score", 0.5)
+
+
+scores = st.dictionaries(st.text(min_size=1), st.floats(1, 100), min_size=1)
+
+
+@given(scores)
+def test_average_and_retention(values):
+    tasks = {name: TaskResult(metric="accuracy", score=value) for name, value in values.items()}
+    halves = {name: TaskResult(metric="accuracy", score=value / 2) for name, value in values.items()}
+    assert average_of(tasks) == pytest.approx(sum(values.values()) / len(values))
+    assert retention_of(halves, tasks) == pytest.approx(50)
+    assert retention_of(tasks, tasks | {"more": TaskResult(metric="accuracy", score=0)}) == pytest.approx(100)
+    assert retention_of(tasks, {}) is None
+    undefined = tasks | {"undefined": TaskResult(metric="spearman_rho", score=None)}
+    assert average_of(undefined) is None
+    assert retention_of(undefined, undefined) is None
+
+
+def test_the_json_is_valid_for_others(tmp_path):
+    text = report(average=None).write(tmp_path).read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["average"] is None
