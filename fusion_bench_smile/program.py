@@ -141,7 +141,7 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         theirs, self.report_save_path = self.report_save_path, None  # each process would write it
         try:
             result: Any = super().run()
-            report = self._complete(result["report"], started)
+            report = None if result["merged_model"] is None else self._complete(result["report"], started)
         except (Exception, SystemExit) as error:
             if isinstance(error, SystemExit) and error.code in (None, 0):
                 raise
@@ -178,11 +178,10 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         return report
 
     def _complete(self, report: Any, started: datetime) -> RunReport | None:
-        """The report of a run that ended well; None where nothing was evaluated, or several models were."""
+        """The report of a run that ended well; None where the task pool evaluated something else than one model."""
         tasks = task_results(report) if isinstance(report, Mapping) else {}
-        if not tasks:
-            if report is not None:
-                log.warning("no %s: the task pool's report isn't that of one model on named tasks", FILE)
+        if not (tasks or report is None or "model_info" in report):
+            log.warning("no %s: the task pool's report isn't that of one model on named tasks", FILE)
             return None
         made = self._report(started, status="complete", tasks=tasks, average=average_of(tasks), **self.measurements)
         samples = [task.samples for task in tasks.values()]

@@ -105,6 +105,7 @@ def test_filters_and_order(runs):
 def test_a_thousand_folders_some_of_them_damaged(tmp_path):
     rng = random.Random(0)
     expected = {"can't be read": 0, "schema version is 0": 0, "no report": 0, "failed: out of memory": 0}
+    expected["no task was evaluated"] = 0
     for number in range(1000):
         file = put(tmp_path, f"run {number}", rng.uniform(0, 100), rng.uniform(0, 100), benchmark=f"b{number % 3}")
         if number % 50 == 0:
@@ -119,12 +120,15 @@ def test_a_thousand_folders_some_of_them_damaged(tmp_path):
         elif number % 50 == 3:
             put(tmp_path, f"run {number}", 0, 0, status="failed", error="out of memory", tasks={})
             expected["failed: out of memory"] += 1
+        elif number % 50 == 4:
+            put(tmp_path, f"run {number}", 0, 0, tasks={})
+            expected["no task was evaluated"] += 1
     command = [sys.executable, "-m", "fusion_bench_smile.leaderboard", str(tmp_path), "--format", "csv"]
     done = subprocess.run([*command, "--output", str(tmp_path / "out")], capture_output=True, text=True, check=True)
     table = pd.read_csv(io.StringIO(done.stdout))
-    assert len(table) == 1000 - sum(expected.values()) == 920
+    assert len(table) == 1000 - sum(expected.values()) == 900
     assert table["benchmark"].nunique() == 3
-    assert "80 left out:" in done.stderr
+    assert "100 left out:" in done.stderr
     for reason, count in expected.items():
         assert done.stderr.count(reason) == count, reason
     assert "failed: out of memory" in (tmp_path / "out" / "leaderboard.html").read_text()

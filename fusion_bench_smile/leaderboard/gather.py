@@ -52,6 +52,9 @@ def gather(folders: Iterable[str | os.PathLike[str]]) -> Gathered:
         if report.status == "failed":
             skipped.append(Skipped(folder, f"failed: {report.error}"))
             continue
+        if not report.tasks:
+            skipped.append(Skipped(folder, "no task was evaluated"))
+            continue
         key, run = (report.benchmark, report.fingerprint), Run(folder, report)
         other = runs.get(key)
         if other is None or other.report.finished < report.finished:

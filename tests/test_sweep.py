@@ -1,0 +1,204 @@
+"""Sweeps through the real command line: killed and resumed, on several processes, failed jobs, launchers, Optuna."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from test_cli import Workplace, fusion_bench
+
+from fusion_bench_smile.embedded import TASKS
+from fusion_bench_smile.leaderboard import gather
+from fusion_bench_smile.report import FILE, RunReport
+
+pytestmark = pytest.mark.cli
+
+ONE_TASK = [f"~taskpool.test_datasets.{task}" for task in TASKS[1:]]  # enough to tell runs apart
+POOLS = ["modelpool=SmileEmbedded/gentle", "taskpool=SmileEmbedded/test", *ONE_TASK]
+TWO_PROCESSES = ["fabric.devices=2", "fabric.strategy=ddp", "fabric.accelerator=cpu"]
+GRID = ["+experiment=smile_grid", *POOLS]
+
+
+def program(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+def reports(folder: Path) -> dict[str, RunReport]:
+    """Run folder → report."""
+    return {file.parent.name: RunReport.read(file) for file in folder.rglob(FILE)}
+
+
+def points(folder: Path) -> dict[tuple[int, int], RunReport]:
+    """(gate_k, k) → report."""
+    return {(r.method["gate_k"], r.method["k"]): r for r in reports(folder).values()}
+
+
+def killed(arguments: list[str], cwd: Path, after: int) -> None:
+    """Start a sweep, and kill it and all its processes when so many reports lie there."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with (cwd / "killed.log").open("w") as log:
+        sweep = subprocess.Popen(
+            [program("fusion_bench"), *arguments], cwd=cwd, env=environment, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 300
+        while len(list(cwd.rglob(FILE))) < after:
+            assert sweep.poll() is None, (cwd / "killed.log").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(sweep.pid, signal.SIGKILL)
+        sweep.wait()
+
+
+def swept(arguments: list[str], cwd: Path) -> dict[tuple[int, int], RunReport]:
+    done = fusion_bench(*arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return points(cwd)
+
+
+def resumed(arguments: list[str], cwd: Path, after: int, of: int) -> dict[tuple[int, int], RunReport]:
+    """A sweep that was killed when so many points were there, and started again."""
+    killed(arguments, cwd, after)
+    first = {file: file.stat().st_mtime_ns for file in cwd.rglob(FILE)}
+    assert after <= len(first) < of
+    found = swept(arguments, cwd)
+    assert all(file.stat().st_mtime_ns == before for file, before in first.items())  # nothing was run twice
+    assert len(found) == len(reports(cwd)) == of
+    return found
+
+
+def test_a_killed_sweep_does_what_is_missing(tmp_path):
+    found = resumed(GRID, tmp_path, after=5, of=12)
+    assert set(found) == {(gate_k, k) for gate_k in (4, 8, 16) for k in (4, 8, 16, 32)}
+    for report in found.values():
+        assert report.status == "complete"
+        assert report.tasks["digits"].samples == 600
+        assert report.environment.processes == 1
+        assert report.config["method"]["k"] == report.method["k"]
+        assert f"method.k={report.method['k']}" in report.overrides
+        assert report.routing.experts == list(TASKS)
+        for layer in report.routing.layers.values():
+            assert sum(layer.load) == pytest.approx(1, abs=1e-4)
+            assert 0 <= layer.entropy <= 1
+    runs, skipped = gather([tmp_path])
+    assert (len(runs), skipped) == (12, [])
+    for folder in (run.folder for run in runs):
+        assert {"config.yaml", "overrides.yaml", "program_report.json"} <= {file.name for file in folder.iterdir()}
+
+
+def test_two_processes_resume_and_report_what_one_does(tmp_path):
+    sweep = [*GRID, "method.gate_k=4,8", "method.k=4,8"]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one = swept(sweep, tmp_path / "one")
+    two = resumed([*sweep, *TWO_PROCESSES], tmp_path / "two", after=2, of=4)
+    assert set(one) == set(two)
+    for point, report in two.items():
+        assert report.environment.processes == 2
+        assert report.tasks == one[point].tasks
+        assert report.fingerprint == one[point].fingerprint
+        assert (report.parameters, report.average) == (one[point].parameters, one[point].average)
+
+
+def test_further_points_find_their_factors(tmp_path):
+    workplace = Workplace(tmp_path)
+    sweep = ["+experiment=smile_run", "method.k=4,16", "method.gate_k=2,8", "hydra.mode=MULTIRUN"]
+    done = workplace.run(*sweep)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, *others = re.findall(r"factor store: (\d+) found, (\d+) factored", done.stdout + done.stderr)
+    assert found == ("0", "24")
+    assert others == [("24", "0")] * 3
+    again = workplace.run(*sweep)
+    assert (again.stdout + again.stderr).count("is done already") == 4
+    assert len(reports(workplace.root)) == 4
+
+
+def test_a_failed_job_is_recorded_and_the_others_go_on(tmp_path):
+    done = fusion_bench(*GRID, "method.gate_k=4", "method.k=4,0,8", cwd=tmp_path)
+    assert done.returncode != 0
+    found = points(tmp_path)
+    assert {point: report.status for point, report in found.items()} == {
+        (4, 4): "complete",
+        (4, 0): "failed",
+        (4, 8): "complete",
+    }
+    assert "k=0: an expert needs a rank" in found[4, 0].error
+    runs, skipped = gather([tmp_path])
+    assert len(runs) == 2
+    assert len(skipped) == 1
+    assert skipped[0].reason.startswith("failed: ")
+    assert "k=0: an expert needs a rank" in skipped[0].reason
+
+
+def test_a_job_whose_processes_die_is_recorded(tmp_path):
+    done = fusion_bench(*GRID, "method.gate_k=4", "method.k=0,4", *TWO_PROCESSES, cwd=tmp_path)
+    assert done.returncode != 0
+    assert {point[1]: report.status for point, report in points(tmp_path).items()} == {0: "failed", 4: "complete"}
+
+
+def test_another_seed_is_another_run(tmp_path):
+    arguments = ["+experiment=smile_run", *POOLS, "method=simple_average"]
+    assert fusion_bench(*arguments, cwd=tmp_path).returncode == 0
+    assert fusion_bench(*arguments, "seed=1", cwd=tmp_path).returncode == 0
+    assert {report.seed for report in reports(tmp_path).values()} == {0, 1}
+    again = fusion_bench(*arguments, cwd=tmp_path)
+    assert "is done already" in again.stdout + again.stderr
+    redone = fusion_bench(*arguments, "redo=true", cwd=tmp_path)
+    assert "is done already" not in redone.stdout + redone.stderr
+
+
+def test_retention_against_the_individual_models(tmp_path):
+    """The one run knows the other's report, and both are of one board."""
+    arguments = ["-m", "+experiment=smile_run", "+smile_row=individual,task_arithmetic", *POOLS[:2]]
+    done = fusion_bench(*arguments, "individual=outputs/individual", "fast_dev_run=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    own, merged = sorted(reports(tmp_path).values(), key=lambda report: report.kind)
+    assert own.kind == "individual"
+    assert own.parameters == 8 * own.pretrained_parameters
+    assert list(own.tasks) == list(TASKS)
+    assert own.benchmark == merged.benchmark == "SmileEmbedded/gentle · SmileEmbedded/test"
+    assert merged.retention is None  # the report was looked for elsewhere
+    assert "the leaderboard adds it" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_launchers(launcher, tmp_path):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
+    sweep = [*GRID, "method.gate_k=4", "method.k=4,8", f"hydra/launcher={launcher}"]
+    found = swept(sweep, tmp_path)
+    assert {report.status for report in found.values()} == {"complete"}
+    assert set(found) == {(4, 4), (4, 8)}
+
+
+def test_optuna_maximises_retention_within_the_budget(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    study = ["+experiment=smile_optuna", *POOLS, "hydra.sweeper.n_trials=4", "budget=1.3"]
+
+    def search() -> dict:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [program("smile-sweep"), *study]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (file,) = tmp_path.rglob("optimization_results.yaml")
+        return yaml.safe_load(file.read_text())
+
+    best = search()
+    found = points(tmp_path)
+    assert 1 <= len(found) <= 4
+    for report in found.values():
+        within = report.ratio <= 1.3
+        assert report.objective == (report.average if within else pytest.approx(100 * (1 - report.ratio / 1.3)))
+        assert (report.objective > 0) == within
+    assert best["best_value"] == pytest.approx(max(report.objective for report in found.values()))
+    winner = found[best["best_params"]["method.gate_k"], best["best_params"]["method.k"]]
+    assert winner.objective == best["best_value"]
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob(FILE)}
+    assert search() == best  # the same points again, and nothing is run
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob(FILE)} == before
