@@ -21,8 +21,8 @@ class IndividualModels:
     def __init__(self, pool: BaseModelPool) -> None:
         self._pool = pool
 
-    def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
-        """Name and model."""
+    def items(self) -> Iterator[tuple[str, nn.Module]]:
+        """Name and model; not `__iter__`, which the framework would take for models to evaluate on all tasks."""
         for name in self._pool.model_names:
             yield name, load_model(self._pool, name)
 

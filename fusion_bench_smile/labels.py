@@ -24,5 +24,6 @@ LABELS = {
 def label_of(method: Mapping[str, Any]) -> str:
     """The name of a method with these options, as its configuration gives them."""
     target = str(method.get("_target_") or method.get("name") or "unknown")
-    label = LABELS.get(target) or LABELS.get(target.rsplit(".", 1)[-1])
-    return label.format_map(dict.fromkeys(("scaling_factor", "gate_k", "k"), "?") | dict(method)) if label else target
+    name = target.rsplit(".", 1)[-1]
+    label = LABELS.get(target) or LABELS.get(name) or name
+    return label.format_map(dict.fromkeys(("scaling_factor", "gate_k", "k"), "?") | dict(method))

@@ -170,7 +170,7 @@ class ReportingFusionProgram(FabricModelFusionProgram):
     def _evaluate_individual(self, models: IndividualModels) -> dict[str, Any]:
         report: dict[str, Any] = {}
         total = 0
-        for name, model in models:
+        for name, model in models.items():
             pool = self._instantiate_and_setup(own_task(self._taskpool or DictConfig({}), name))
             total += count_parameters(model)[1]
             report[name] = pool.evaluate(model)[name]

@@ -113,7 +113,7 @@ def _board(benchmark: str, runs: list[Run], published: bool) -> Board:
     found = published_for(newest.modelpool, tasks) if published else None
     if found is not None:
         rows += _reference_rows(found.table, found.individual)
-        notes.append(f"rows marked † are published, not measured here: {found.source}")
+        notes += [f"rows marked † are published, not measured here: {found.source}", found.smile]
     table = pd.DataFrame(rows)
     for column in [*tasks, *COLUMNS, "gate_k", "k", "top_k"]:
         table[column] = pd.to_numeric(table[column]) if column in table else float("nan")

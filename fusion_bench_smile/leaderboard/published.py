@@ -21,12 +21,14 @@ class Published(NamedTuple):
         table: method → score of each task in percent, and their ``average``, as published.
         individual: the method that is the individual models.
         source: where they were published.
+        smile: what is published about SMILE.
     """
 
     title: str
     table: pd.DataFrame
     individual: str
     source: str
+    smile: str
 
 
 @cache
@@ -39,7 +41,7 @@ def load(name: str) -> Published:
     """The published results in the file of that name, e.g. ``clip_vit_b32_ta8``."""
     of = sources()
     table = pd.read_csv(FOLDER / f"{name}.csv", index_col="method")
-    return Published(of["benchmarks"][name]["title"], table, of["individual"], of["source"])
+    return Published(of["benchmarks"][name]["title"], table, of["individual"], of["source"], of["smile"])
 
 
 def published_for(modelpool: str, tasks: Collection[str]) -> Published | None:
