@@ -53,7 +53,7 @@ class ExactCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
             if not samples:
                 raise SmileError(f"the test set of {task_name} is empty")
         # more digits of the loss would tell how the samples were put into batches
-        return {"accuracy": correct_sum / samples, "loss": round(loss_sum / samples, 5), "samples": int(samples)}
+        return {"accuracy": correct_sum / samples, "loss": round(loss_sum / samples, 3), "samples": int(samples)}
 
 
 def _repeated(loader: DataLoader, seen: int, count: int) -> Tensor:
