@@ -242,8 +242,8 @@ class Routed(nn.Module):
         """Adds to `out` in place."""
         layout = self.layout
         tokens, summed = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-        projected = projected.flatten(0, -2) if projected.ndim > 1 else projected[None]
         chosen, share = (each.flatten() for each in self.chosen(self._scores(projected)))  # (N·top_k,)
+        projected = projected.flatten(0, -2) if projected.ndim > 1 else projected[None]
         order = chosen.argsort(stable=True)
         counts = chosen.bincount(minlength=layout.num_experts).tolist()
         token = order if layout.top_k == 1 else order // layout.top_k

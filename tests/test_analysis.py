@@ -245,14 +245,15 @@ def test_a_router_that_sees_the_task_is_always_right():
     assert layer_accuracy(table).tolist() == [1.0]
 
 
-def test_padding_does_not_count():
+@pytest.mark.parametrize("execution", ["grouped", "masked"])
+def test_padding_does_not_count(execution):
     config = BertConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
         max_position_embeddings=32,
     )  # fmt: skip
     base = BertModel(config, add_pooling_layer=False).eval()
     names = ("0", "1", "2")
-    model = upscale(base, experts_of(base), k=4, gate_k=4).eval()
+    model = upscale(base, experts_of(base), k=4, gate_k=4, execution=execution).eval()
     ids = torch.randint(5, 50, (3, 6))
     short = Call((), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     padded = Call((), {name: nn.functional.pad(value, (0, 9)) for name, value in short.kwargs.items()})

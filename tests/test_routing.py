@@ -61,6 +61,9 @@ def test_the_statistics_are_those_of_the_record(top_k, execution):
         for batch in batches:
             output(model, batch)
     for name, layer in routing.items():
+        assert layer.scores[0].shape[0] == len(batches[0]["pixel_values"])  # as the layer was given them
+        assert layer.scores[0].shape[:-1] == layer.choices[0].shape[:-1]
+        assert layer.scores[0].ndim == 3
         torch.testing.assert_close(torch.tensor(statistics[name].load), layer.loads)
         scores = torch.cat([each.flatten(0, -2) for each in layer.scores]).double()
         shares = scores.softmax(-1)
