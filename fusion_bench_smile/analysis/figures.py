@@ -38,10 +38,9 @@ def subspace_energy(table: pd.DataFrame) -> Figure:
 def explained_variance(variance: pd.DataFrame) -> Figure:
     """Mean share of ‖ΔW‖² that a rank keeps, by type of layer."""
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    shown = 2 * variance[variance["explained"] < 0.999]["rank"].max()  # beyond it all is kept
-    for (name, rows), color, marker in zip(
-        variance[variance["rank"] <= shown].groupby("type", sort=False), COLORS, MARKERS, strict=False
-    ):
+    last = 2 * variance[variance["explained"] < 0.999]["rank"].max()  # beyond it all is kept
+    types = variance[variance["rank"] <= last].groupby("type", sort=False)
+    for (name, rows), color, marker in zip(types, COLORS, MARKERS, strict=False):
         values = 100 * rows.groupby("rank")["explained"].mean()
         axis.plot(values.index, values, color=color, marker=marker, markersize=3, label=name)
     for target in (90, 95, 99):

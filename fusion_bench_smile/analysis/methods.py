@@ -54,6 +54,7 @@ class Study(LightningFabricMixin, BaseAlgorithm):
         self, *, output: str | None = None, gate_k: int = 16, k: int = 16, batches: int = 2, target: float = 0.95
     ) -> None:
         super().__init__()
+        self._task_pools: dict[str, Any] = {}
         self.output, self.gate_k, self.k, self.batches, self.target = output, gate_k, k, batches, target
 
     def run(self, modelpool: BaseModelPool) -> None:
@@ -89,9 +90,11 @@ class Study(LightningFabricMixin, BaseAlgorithm):
 
     def task_pool(self, task: str) -> Any:
         """The run's task pool with one task alone."""
-        config = getattr(self._program, "_taskpool", None)
-        program: Any = self._program
-        return program._instantiate_and_setup(own_task(config or DictConfig({}), task))
+        if task not in self._task_pools:
+            program: Any = self._program
+            config = getattr(program, "_taskpool", None)
+            self._task_pools[task] = program._instantiate_and_setup(own_task(config or DictConfig({}), task))
+        return self._task_pools[task]
 
     def score(self, model: nn.Module, task: str) -> float:
         """In percent; NaN if undefined."""
@@ -193,7 +196,7 @@ class ErrorAccumulation(Study):
         for task in self.names:
             others = {
                 "SMILE": model,
-                "its own expert alone (truncation)": self.upscaled({task: self.experts[task]}),
+                "its own expert alone": self.upscaled({task: self.experts[task]}),
                 "pretrained": self.pretrained,
             }
             individual = load_model(self.pool, task).eval()
