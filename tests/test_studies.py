@@ -28,7 +28,13 @@ POOLS = ("modelpool=SmileEmbedded/gentle", "taskpool=SmileEmbedded/test")
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("studies")
-    done = fusion_bench("+experiment=smile_analysis", *POOLS, "fast_dev_run=true", cwd=folder)
+    done = fusion_bench(
+        "+experiment=smile_analysis",
+        *POOLS,
+        "fast_dev_run=true",
+        "taskpool.dataloader_kwargs.batch_size=100",
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "outputs" / "analysis"
 
