@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -17,12 +14,12 @@ import torch
 from fusion_bench.programs.fabric_fusion_program import FabricModelFusionProgram
 from fusion_bench.utils.parameters import count_parameters
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .individual import IndividualModels, own_task
+from .jobs import latest, needs_own_processes, run_apart
 from .labels import label_of
 from .modelpool import load_model
 from .report import (
@@ -43,7 +40,6 @@ from .surroundings import Meter, environment
 
 log = logging.getLogger(__name__)
 
-CLI = "fusion_bench.scripts.cli"
 PRETRAINED = "_pretrained_"
 WITHOUT_EFFECT = ("device", "factor_cache", "upscaling_accelerator")  # on what a method computes
 FOR_CONFIGURATIONS = ("study", "tuned", "split", "strength")  # root keys that only interpolations read
@@ -92,13 +88,11 @@ class ReportingFusionProgram(FabricModelFusionProgram):
             What the framework's program returns, and the `RunReport` under ``run_report``, if one was written.
         """
         folder = self.folder
-        done = None if self.redo else self._finished(folder)
-        if done is not None:
+        done = None if self.redo else latest(folder, self._fingerprint())
+        if done is not None and done.status == "complete":
             log.info("%s is done already: %s", done.label, folder / FILE)
             return {"merged_model": None, "report": None, "run_report": done}
-        if self._needs_own_processes():
-            return {"merged_model": None, "report": None, "run_report": self._run_apart(folder)}
-        return self._run_here(folder)
+        return self._run_apart(folder) if needs_own_processes(self._fabric) else self._run_here(folder)
 
     def _instantiate_and_setup(self, config: DictConfig, *args: Any, **kwargs: Any) -> Any:
         made = super()._instantiate_and_setup(config, *args, **kwargs)
@@ -166,6 +160,17 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         layers = {n: LayerReport(load=r.load, entropy=r.entropy) for n, r in routers.items() if r.tokens}
         if layers:
             self.measurements["routing"] = Routing(experts=list(self.modelpool.model_names), layers=layers)
+
+    def _run_apart(self, folder: Path) -> dict[str, Any]:
+        started = datetime.now(timezone.utc)
+        code, report = run_apart(folder, self._fingerprint(), started)
+        if report is None and code:
+            reason = f"the processes ended with exit code {code}; their output says why"
+            report = self._report(started, status="failed", error=reason)
+            report.write(folder)
+        if report is not None and report.status == "failed":
+            raise RuntimeError(report.error)
+        return {"merged_model": None, "report": None, "run_report": report}
 
     def _evaluate_individual(self, models: IndividualModels) -> dict[str, Any]:
         report: dict[str, Any] = {}
@@ -240,45 +245,8 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         try:
             return RunReport.read(file / FILE if file.is_dir() or not file.suffix else file).tasks
         except ReportError as error:
-            log.warning("individual=%s: %s; the report is without retention, the leaderboard adds it", file, error)
+            log.info("individual=%s: %s; the report is without retention, the leaderboard adds it", file, error)
             return {}
-
-    # -- jobs of a sweep
-
-    def _finished(self, folder: Path) -> RunReport | None:
-        try:
-            report = RunReport.read(folder / FILE)
-        except ReportError:
-            return None
-        return report if report.status == "complete" and report.fingerprint == self._fingerprint() else None
-
-    def _needs_own_processes(self) -> bool:
-        if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN or "LOCAL_RANK" in os.environ:
-            return False
-        fabric: Any = self._fabric or {}
-        return str(fabric.get("devices", 1)) != "1" or int(fabric.get("num_nodes") or 1) > 1
-
-    def _run_apart(self, folder: Path) -> RunReport:
-        started = datetime.now(timezone.utc)
-        hydra = HydraConfig.get()
-        command = [
-            sys.executable, "-m", CLI, "--config-name", str(hydra.job.config_name), *hydra.overrides.task,
-            "hydra.mode=RUN", f'hydra.run.dir="{folder}"',
-        ]  # fmt: skip
-        # within Slurm Fabric would wait for tasks that Slurm has started; this one starts its own processes
-        code = subprocess.run(command, check=False, env={**os.environ, "SLURM_JOB_NAME": "interactive"}).returncode
-        try:
-            report = RunReport.read(folder / FILE)
-            current = report.finished >= started and report.fingerprint == self._fingerprint()
-        except ReportError:
-            current = False
-        if not current:
-            reason = f"the processes ended with exit code {code}; their output says why"
-            report = self._report(started, status="failed", error=reason)
-            report.write(folder)
-        if report.status == "failed":
-            raise RuntimeError(report.error)
-        return report
 
 
 def objective_of(report: RunReport, budget: float | None) -> float | None:
