@@ -30,6 +30,7 @@ from fusion_bench_smile.analysis import (
     routing_by_task,
     subspace_energy,
 )
+from fusion_bench_smile.analysis.cost import costs
 from fusion_bench_smile.analysis.inputs import Call, blocks, caught
 from fusion_bench_smile.analysis.routing import token_choices
 from fusion_bench_smile.analysis.variance import added_parameters
@@ -324,3 +325,22 @@ def test_errors_grow_by_what_is_cut_off():
         states[name] = torch.cat(parts).double()
     expected = (states["other"] - states["own"]).norm() / states["own"].norm()
     assert pivot["rank 1"].iloc[-1] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_costs_are_those_of_the_models_built():
+    base = mlp()
+    experts = dict(zip("abc", experts_of(base), strict=True))
+    call = Call((), mlp_inputs())
+    table = costs(base, experts, [(3, 4, 4), (1, 4, 4), (3, 2, 2)], call, repeats=2).set_index(
+        ["experts", "gate_k", "k"]
+    )
+    plain = sum(p.numel() for p in base.parameters())
+    for (count, gate_k, k), row in table.iterrows():
+        built = upscale(base, dict(list(experts.items())[:count]), gate_k=gate_k, k=k)
+        assert row["parameters"] == sum(p.numel() for p in built.parameters()) / plain
+        assert row["construction"] > 0
+        assert row["forward"] > 0
+    assert table.loc[(3, 4, 4), "flops"] > table.loc[(3, 2, 2), "flops"] > 1
+    # one expert of rank 4 on both layers: (20 + 32)·4 and (32 + 12)·4 multiply-adds, 32 for the first one's bias, beside
+    # 20·32 and 32·12
+    assert table.loc[(1, 4, 4), "flops"] == pytest.approx(1 + (52 * 4 + 44 * 4 + 32) / (640 + 384))

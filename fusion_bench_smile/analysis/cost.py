@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..report import Stage
 from ..sources import Openable
+from ..surroundings import Meter
 from ..upscale import upscale
 from .inputs import Call
 
@@ -34,44 +36,61 @@ def costs(
         repeats: of each forward pass; the plain model takes turns with the upscaled one, and medians are compared.
 
     Returns:
-        One row for each point: ``experts``, ``gate_k``, ``k``, ``construction`` (seconds, without a factor store),
-        ``parameters`` and ``flops`` and ``forward`` (relative to the pretrained model's).
+        One row for each point: ``experts``, ``gate_k``, ``k``; ``construction`` (seconds, without a factor store) and
+        ``construction_memory`` (peak beyond what was held, MB; NaN where the system can't tell); ``parameters``,
+        ``flops`` and ``forward`` (time), relative to the pretrained model's; ``forward_memory`` (MB).
     """
     plain_flops = _flops(pretrained, call)
     plain_parameters = _parameters(pretrained)
     rows = []
     for count, gate_k, k in points:
         chosen = dict(list(experts.items())[:count])
-        construction, model = _timed(lambda: upscale(pretrained, chosen, gate_k=gate_k, k=k))  # noqa: B023
-        call(model.eval())
-        times = [(_timed(lambda: call(pretrained))[0], _timed(lambda: call(model))[0]) for _ in range(repeats)]  # noqa: B023
+        meter = Meter()
+        model = upscale(pretrained, chosen, gate_k=gate_k, k=k).eval()
+        construction = meter.stop()
+        meter = Meter()
+        call(model)
+        first = meter.stop()
+        times = [(_seconds(call, pretrained), _seconds(call, model)) for _ in range(repeats)]
         plain, routed = (statistics.median(column) for column in zip(*times, strict=True))
         rows.append(
             {
                 "experts": count,
                 "gate_k": gate_k,
                 "k": k,
-                "construction": construction,
+                "construction": construction.seconds,
+                "construction_memory": _megabytes(construction),
                 "parameters": _parameters(model) / plain_parameters,
                 "flops": _flops(model, call) / plain_flops,
                 "forward": routed / plain,
+                "forward_memory": _megabytes(first),
             }
         )
     return pd.DataFrame(rows)
 
 
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+def _seconds(call: Call, model: nn.Module) -> float:
     began = time.perf_counter()
-    result = work()
+    call(model)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began, result
+    return time.perf_counter() - began
+
+
+def _megabytes(stage: Stage) -> float:
+    peak = stage.peak_device_bytes or stage.peak_host_bytes
+    return float("nan") if peak is None else peak / 1e6
 
 
 def _flops(model: nn.Module, call: Call) -> int:
-    with FlopCounterMode(display=False) as counter:
+    # the counter doesn't know the product that is added in place
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _added_product}) as counter:
         call(model)
     return counter.get_total_flops()
+
+
+def _added_product(_: torch.Size, left: torch.Size, right: torch.Size, **__: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
 
 
 def _parameters(model: nn.Module) -> int:

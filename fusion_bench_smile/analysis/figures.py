@@ -155,24 +155,29 @@ def ablations(table: pd.DataFrame) -> Figure:
 
 
 def costs(table: pd.DataFrame) -> Figure:
-    """Construction, parameters, FLOPs and forward time against T, k and gate_k, one row of panels for each."""
+    """What there is in the table of costs against T, k and gate_k: one row of panels for each."""
     measures = {
         "construction": "construction (s)",
-        "parameters": "parameters (× pretrained)",
-        "flops": "FLOPs (× pretrained)",
-        "forward": "forward time (× pretrained)",
+        "construction_memory": "its memory (MB)",
+        "parameters": "parameters (×)",
+        "flops": "FLOPs (×)",
+        "forward": "forward time (×)",
+        "forward_memory": "its memory (MB)",
     }
     variables = {"experts": "experts T", "k": "rank k", "gate_k": "gate_k"}
-    figure, axes = plt.subplots(len(variables), len(measures), figsize=(12, 7.2), layout="constrained")
+    figure, axes = plt.subplots(len(variables), len(measures), figsize=(15, 7), sharey="col", layout="constrained")
     usual = table.iloc[0][list(variables)]  # the first point is the one that the others vary
     for row, (variable, xlabel) in enumerate(variables.items()):
         fixed = [name for name in variables if name != variable]
         line = table[(table[fixed] == usual[fixed]).all(axis=1)].sort_values(variable)
-        for axis, (measure, ylabel) in zip(axes[row], measures.items(), strict=True):
+        for axis, (measure, title) in zip(axes[row], measures.items(), strict=True):
             axis.plot(line[variable], line[measure], color=COLORS[row], marker=MARKERS[row])
-            axis.set(xlabel=xlabel, ylabel=ylabel)
-            axis.set_ylim(0 if measure == "construction" else 1, None)
+            axis.set_xlabel(xlabel)
+            axis.set_ylim(1 if "×" in title else 0, 1.06 * table[measure].max())
             axis.grid(alpha=0.3)
+            if not row:
+                axis.set_title(title)
+    figure.suptitle("× : relative to the pretrained model")
     return figure
 
 
