@@ -341,6 +341,5 @@ def test_costs_are_those_of_the_models_built():
         assert row["construction"] > 0
         assert row["forward"] > 0
     assert table.loc[(3, 4, 4), "flops"] > table.loc[(3, 2, 2), "flops"] > 1
-    # one expert of rank 4 on both layers: (20 + 32)·4 and (32 + 12)·4 multiply-adds, 32 for the first one's bias, beside
-    # 20·32 and 32·12
+    # one expert of rank 4: (20 + 32)·4 and (32 + 12)·4 multiply-adds, and 32 for a bias, beside 20·32 and 32·12
     assert table.loc[(1, 4, 4), "flops"] == pytest.approx(1 + (52 * 4 + 44 * 4 + 32) / (640 + 384))
