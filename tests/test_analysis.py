@@ -89,6 +89,14 @@ def test_shares_are_the_frameworks(shape):
     assert ours["II+III"] == pytest.approx(theirs["projected_energy_II_III"], abs=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(30, 30), (60, 20), (20, 60)])
+def test_shares_of_random_matrices(shape):
+    zones = Zones(weight_and_delta(shape)[0])
+    draws = [zones.shares(weight_and_delta(shape, seed)[1]) for seed in range(1, 60)]
+    for zone, expected in zones.of_random().items():
+        assert np.mean([draw[zone] for draw in draws]) == pytest.approx(expected, rel=0.05)
+
+
 def test_the_table_of_shares():
     base = clip_tower()
     experts = {"one": perturbed(base, seed=1), "same": copy.deepcopy(base)}

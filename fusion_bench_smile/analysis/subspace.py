@@ -67,6 +67,13 @@ class Zones:
             second = _energy(within) - _energy(self._left.mT @ within) - _energy(delta @ self._right) + inner
         return {zone: float(part / total) for zone, part in zip(ZONES, (inner, second, outer), strict=True)}
 
+    def of_random(self) -> dict[str, float]:
+        """The shares that are expected of a random matrix: the product of the zone's parts of both sides."""
+        rows, columns = self._left.shape[0], self._right.shape[0]
+        k, rank = self.k, min(self._left.shape[0], self._right.shape[0])
+        sizes = (k * k, (rank - k) ** 2, (rows - k) * (columns - k))
+        return {zone: size / (rows * columns) for zone, size in zip(ZONES, sizes, strict=True)}
+
 
 @torch.no_grad()
 def subspace_energy(pretrained: nn.Module, experts: Mapping[str, Openable]) -> pd.DataFrame:
@@ -74,7 +81,8 @@ def subspace_energy(pretrained: nn.Module, experts: Mapping[str, Openable]) -> p
 
     Returns:
         One row for each layer and expert: ``layer``, ``type``, ``expert``, ``k`` (rank of zone I), and the shares
-        ``I``, ``II``, ``II+III``, from 0 to 1; NaN where an expert left the layer as it is.
+        ``I``, ``II``, ``II+III``, from 0 to 1; NaN where an expert left the layer as it is; ``random I``, … are what is
+        expected of a random matrix.
 
     Raises:
         PlanError: for models that can't be upscaled together.
@@ -84,7 +92,8 @@ def subspace_energy(pretrained: nn.Module, experts: Mapping[str, Openable]) -> p
         zones = Zones(layer.weight)
         for expert, delta in layer.experts.items():
             named = {"layer": layer.name, "type": layer.type, "expert": expert, "k": zones.k}
-            rows.append(named | zones.shares(delta))
+            of_random = {f"random {zone}": share for zone, share in zones.of_random().items()}
+            rows.append(named | zones.shares(delta) | of_random)
     return pd.DataFrame(rows)
 
 
