@@ -19,7 +19,7 @@ from test_report import report
 from fusion_bench_smile.errors import SmileError
 from fusion_bench_smile.leaderboard import arrange, boards, gather, leaderboard, pareto, write
 from fusion_bench_smile.leaderboard.command import main
-from fusion_bench_smile.leaderboard.figures import family, rank_grid, styles
+from fusion_bench_smile.leaderboard.figures import family, rank_grid, scatter, styles
 from fusion_bench_smile.leaderboard.published import load, published_for, sources
 from fusion_bench_smile.leaderboard.tables import best_cells, latex, markdown, rich_table
 from fusion_bench_smile.report import FILE
@@ -180,6 +180,17 @@ def test_what_is_written(runs, tmp_path):
     assert all(file.stat().st_size > 500 for file in files)
     table = pd.read_csv(tmp_path / "out" / "leaderboard.csv")
     assert table.loc[table["method"] == "pretrained", "a"].item() == 40
+
+
+def test_without_individual_models_the_average_is_drawn(tmp_path):
+    put(tmp_path, "pretrained", 40, 20)
+    put(tmp_path, "SMILE (gate_k=4, k=8)", 60, 40, 130)
+    (board,), _ = leaderboard([tmp_path])
+    figure = scatter([board])
+    assert figure.axes[0].get_ylabel() == "average score (%)"
+    points = np.concatenate([part.get_offsets() for part in figure.axes[0].collections])
+    assert sorted(map(tuple, points.tolist())) == [(1.0, 30.0), (1.3, 50.0)]
+    assert "retention.png" in {file.name for file in write([board], tmp_path / "out")}
 
 
 def test_an_interrupted_write_leaves_no_half_of_it(runs, tmp_path, monkeypatch):

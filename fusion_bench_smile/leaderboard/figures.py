@@ -37,13 +37,18 @@ def styles(boards: Sequence[Board]) -> dict[str, tuple[str, str]]:
     return {name: STYLES[number % len(STYLES)] for number, name in enumerate(families)}
 
 
-def scatter(boards: Sequence[Board], gain: str = "retention") -> Figure:
+def gain_of(board: Board) -> str:
+    """What the pictures show of a board: retention, or the average where the individual models aren't known."""
+    return "retention" if board.table["retention"].notna().any() else "average"
+
+
+def scatter(boards: Sequence[Board]) -> Figure:
     """Retention (or the average) against the parameter ratio: a panel for each board, the Pareto front as a line."""
     of_family = styles(boards)
     size = (1.5 + 5 * len(boards), 5.2)
     figure, axes = plt.subplots(1, len(boards), figsize=size, squeeze=False, layout="constrained")
     for axis, board in zip(axes[0], boards, strict=True):
-        _scatter_panel(axis, board, gain, of_family)
+        _scatter_panel(axis, board, gain_of(board), of_family)
     labelled = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels())}  # noqa: B905
     figure.legend(
         labelled.values(), labelled.keys(), loc="outside lower center", ncols=min(4, 2 * len(boards)), frameon=False
@@ -51,9 +56,9 @@ def scatter(boards: Sequence[Board], gain: str = "retention") -> Figure:
     return figure
 
 
-def has_ratios(board: Board, gain: str = "retention") -> bool:
+def has_ratios(board: Board) -> bool:
     """Whether `scatter` has anything to show."""
-    return bool(board.table[["parameters", gain]].notna().all(axis=1).any())
+    return bool(board.table[["parameters", gain_of(board)]].notna().all(axis=1).any())
 
 
 def save(figure: Figure, file: Path) -> None:
