@@ -107,6 +107,9 @@ def test_published_rows_are_marked(opened):
     assert len(rows) == 19
     assert all("†" in row.text for row in rows)
     assert not any(row.find_elements(By.CSS_SELECTOR, ".best") for row in rows)
+    header(board(opened, 0), "method").find_element(By.TAG_NAME, "button").click()
+    assert methods(board(opened, 0))[0] == "ours"  # however the table is sorted
+    assert len(board(opened, 0).find_elements(By.CSS_SELECTOR, ".point")) == 1
 
 
 @needs_browser

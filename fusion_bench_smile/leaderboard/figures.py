@@ -32,14 +32,14 @@ def family(method: str) -> str:
 
 
 def styles(boards: Sequence[Board]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each family of methods: the same in all pictures of these boards."""
-    families = sorted({family(name) for board in boards for name in board.table["method"]}, key=_ours_first)
+    """Colour and marker of each family of measured methods: the same in all pictures of these boards."""
+    families = sorted({family(name) for board in boards for name in board.measured["method"]}, key=_ours_first)
     return {name: STYLES[number % len(STYLES)] for number, name in enumerate(families)}
 
 
 def gain_of(board: Board) -> str:
     """What the pictures show of a board: retention, or the average where the individual models aren't known."""
-    return "retention" if board.table["retention"].notna().any() else "average"
+    return "retention" if board.measured["retention"].notna().any() else "average"
 
 
 def scatter(boards: Sequence[Board]) -> Figure:
@@ -58,7 +58,7 @@ def scatter(boards: Sequence[Board]) -> Figure:
 
 def has_ratios(board: Board) -> bool:
     """Whether `scatter` has anything to show."""
-    return bool(board.table[["parameters", gain_of(board)]].notna().all(axis=1).any())
+    return bool(board.measured[["parameters", gain_of(board)]].notna().all(axis=1).any())
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -122,7 +122,7 @@ def task_bars(board: Board) -> Figure:
 
 
 def _scatter_panel(axis: Axes, board: Board, gain: str, of_family: dict[str, tuple[str, str]]) -> None:
-    table = board.table.dropna(subset=["parameters", gain])
+    table = board.measured.dropna(subset=["parameters", gain])
     for name, rows in table.groupby(table["method"].map(family), sort=False):
         color, marker = of_family[name]
         axis.scatter(rows["parameters"], rows[gain], s=60, color=color, marker=marker, label=name, zorder=3, alpha=0.9)
