@@ -32,7 +32,7 @@ def studied(tmp_path_factory) -> Path:
         "+experiment=smile_analysis",
         *POOLS,
         "fast_dev_run=true",
-        "taskpool.dataloader_kwargs.batch_size=100",
+        "taskpool.dataloader_kwargs.batch_size=50",
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr[-3000:]
