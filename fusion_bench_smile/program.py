@@ -18,6 +18,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from .ending import one_clear_line
 from .individual import IndividualModels, own_task
 from .jobs import latest, needs_own_processes, run_apart
 from .labels import label_of
@@ -115,7 +116,8 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         meter = Meter()
         if isinstance(merged_model, IndividualModels):
             self.measurements["kind"] = "individual"
-            report = self._evaluate_individual(merged_model)
+            with one_clear_line():
+                report = self._evaluate_individual(merged_model)
         else:
             with self._watching(merged_model):
                 report = super().evaluate_merged_model(taskpool, merged_model, *args, **kwargs)

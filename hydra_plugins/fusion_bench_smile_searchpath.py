@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ROOT / "fusion_bench_smile_config"
 LONGEST_NAME = 150
+CHOOSES_OURS = {"method=smile_upscaling", "+experiment=smile_grid", "+experiment=smile_optuna", "+smile_row=smile"}
 
 # ${smile_embedded:clip} in a configuration is that folder of the embedded benchmark, wherever it is installed
 OmegaConf.register_new_resolver(
@@ -51,7 +52,7 @@ def _folder(path: str) -> Path:
 
 def _refuse_unknown_options(arguments: list[str]) -> None:
     """Name the nearest option for a misspelled one: Hydra would say no more than that the key is not in struct."""
-    if "method=smile_upscaling" not in arguments:
+    if not CHOOSES_OURS & set(arguments):
         return
     known = list(OmegaConf.load(OURS / "method" / "smile_upscaling.yaml"))
     for argument in arguments:

@@ -202,3 +202,20 @@ def test_optuna_maximises_retention_within_the_budget(tmp_path):
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob(FILE)}
     assert search() == best  # the same points again, and nothing is run
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob(FILE)} == before
+
+
+def test_a_misspelled_option_of_a_grid_is_named(tmp_path):
+    done = fusion_bench(*GRID, "method.gat_k=4", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "unknown option method.gat_k (did you mean 'gate_k'?)" in done.stderr.strip().splitlines()[-1]
+
+
+def test_an_expert_without_a_task_is_named(tmp_path):
+    arguments = ["+experiment=smile_run", "method=smile_individual", POOLS[0], "taskpool=SmileText/full"]
+    done = fusion_bench(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "the task pool has no task of the expert 'digits'; its tasks are: sections" in done.stderr
+    assert "Traceback" not in done.stderr
+    (report,) = reports(tmp_path).values()
+    assert report.status == "failed"
+    assert report.error.startswith("the task pool has no task of the expert 'digits'")
