@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 PRETRAINED = "_pretrained_"
 WITHOUT_EFFECT = ("device", "factor_cache", "upscaling_accelerator")  # on what a method computes
-FOR_CONFIGURATIONS = ("study", "tuned", "split", "strength")  # root keys that only interpolations read
+FOR_CONFIGURATIONS = ("study", "tuned", "split")  # root keys that only interpolations read
 
 
 class ReportingFusionProgram(FabricModelFusionProgram):

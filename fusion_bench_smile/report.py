@@ -59,6 +59,12 @@ class Stage(_Part):
     peak_host_bytes: int | None = None
     peak_device_bytes: int | None = None
 
+    @property
+    def peak_megabytes(self) -> float | None:
+        """Of the accelerator, if there is one."""
+        peak = self.peak_device_bytes or self.peak_host_bytes
+        return None if peak is None else peak / 1e6
+
 
 class LayerRouting(_Part):
     """One router: each expert's share of the tokens' weights, and the mean entropy of the softmax over all experts.

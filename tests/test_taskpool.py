@@ -58,7 +58,7 @@ def test_uneven_shares_count_every_sample_once(tmp_path):
         accuracy, loss = expected(task, count)
         assert 0 < accuracy < 1, "a repeated sample would not show"
         assert two[task]["accuracy"] == pytest.approx(accuracy, abs=1e-12)
-        assert two[task]["loss"] == pytest.approx(loss, abs=6e-4)
+        assert two[task]["loss"] == round(loss, 3)
         assert two[task]["samples"] == count
 
 

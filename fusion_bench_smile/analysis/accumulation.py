@@ -1,7 +1,7 @@
 """How errors grow with depth: hidden states of the upscaled model against the individual model's.
 
 Two references tell two causes apart: the upscaled model errs by truncation and by routing, the same experts with every
-token given to its task's own expert by truncation alone (arXiv 2408.10174, appendix).
+token given to its task's own expert by truncation alone.
 """
 
 from __future__ import annotations
@@ -43,10 +43,7 @@ def _hidden_states(model: nn.Module, calls: Sequence[Call]) -> dict[str, Tensor]
     with outputs_of(blocks(model)) as seen:
         for call in calls:
             call(model)
-    return {name: torch.cat(list(map(_real, calls, states))) for name, states in seen.items()}
-
-
-def _real(call: Call, states: Tensor) -> Tensor:
-    mask = call.mask
-    fits = mask is not None and mask.shape == states.shape[:-1]
-    return (states[mask.to(states.device)] if fits and mask is not None else states.flatten(0, -2)).double()
+    return {
+        name: torch.cat([state[call.real(state)].double() for call, state in zip(calls, states, strict=True)])
+        for name, states in seen.items()
+    }

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..report import Stage
 from ..sources import Openable
 from ..surroundings import Meter
 from ..upscale import upscale
@@ -37,11 +36,11 @@ def costs(
 
     Returns:
         One row for each point: ``experts``, ``gate_k``, ``k``; ``construction`` (seconds, without a factor store) and
-        ``construction_memory`` (peak beyond what was held, MB; NaN where the system can't tell); ``parameters``,
+        ``construction_memory`` (peak beyond what was held, MB; None where the system can't tell); ``parameters``,
         ``flops`` and ``forward`` (time), relative to the pretrained model's; ``forward_memory`` (MB).
     """
     plain_flops = _flops(pretrained, call)
-    plain_parameters = _parameters(pretrained)
+    plain_parameters = parameters_of(pretrained)
     rows = []
     for count, gate_k, k in points:
         chosen = dict(list(experts.items())[:count])
@@ -59,11 +58,11 @@ def costs(
                 "gate_k": gate_k,
                 "k": k,
                 "construction": construction.seconds,
-                "construction_memory": _megabytes(construction),
-                "parameters": _parameters(model) / plain_parameters,
+                "construction_memory": construction.peak_megabytes,
+                "parameters": parameters_of(model) / plain_parameters,
                 "flops": _flops(model, call) / plain_flops,
                 "forward": routed / plain,
-                "forward_memory": _megabytes(first),
+                "forward_memory": first.peak_megabytes,
             }
         )
     return pd.DataFrame(rows)
@@ -77,11 +76,6 @@ def _seconds(call: Call, model: nn.Module) -> float:
     return time.perf_counter() - began
 
 
-def _megabytes(stage: Stage) -> float:
-    peak = stage.peak_device_bytes or stage.peak_host_bytes
-    return float("nan") if peak is None else peak / 1e6
-
-
 def _flops(model: nn.Module, call: Call) -> int:
     # the counter doesn't know the product that is added in place
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _added_product}) as counter:
@@ -93,5 +87,6 @@ def _added_product(_: torch.Size, left: torch.Size, right: torch.Size, **__: Any
     return 2 * left[0] * left[1] * right[1]
 
 
-def _parameters(model: nn.Module) -> int:
+def parameters_of(model: nn.Module) -> int:
+    """How many parameters a model has."""
     return sum(parameter.numel() for parameter in model.parameters())

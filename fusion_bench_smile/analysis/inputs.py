@@ -30,6 +30,13 @@ class Call:
         mask = self.kwargs.get("attention_mask")
         return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
+    def real(self, values: Tensor) -> Tensor:
+        """Which tokens of a layer's values (…, n) in this call are no padding: (…), all where the mask doesn't fit."""
+        mask = self.mask
+        if mask is None or mask.shape != values.shape[:-1]:
+            return torch.ones(values.shape[:-1], dtype=torch.bool, device=values.device)
+        return mask.to(values.device)
+
 
 class _Enough(Exception):  # noqa: N818  # ends an evaluation, is no error
     pass

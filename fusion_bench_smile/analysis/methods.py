@@ -27,7 +27,7 @@ from ..sources import Openable
 from ..upscale import upscale
 from . import figures
 from .accumulation import error_accumulation
-from .cost import costs
+from .cost import costs, parameters_of
 from .inputs import Call, caught
 from .routing import coinciding_gates, confusion, layer_accuracy, layer_load, routing_by_task, token_choices
 from .subspace import ZONES, projected, subspace_energy
@@ -140,7 +140,7 @@ class ProjectionMerging(Study):
 class ExplainedVariance(Study):
     def study(self) -> tuple[Tables, Figures]:
         variance = explained_variance(self.pretrained, self.experts)
-        parameters = sum(p.numel() for p in self.pretrained.parameters())
+        parameters = parameters_of(self.pretrained)
         advice = recommend(variance, parameters, self.target)
         log.info("keeping %(kept).3f of ‖ΔW‖²: k=%(k)d, gate_k=%(gate_k)d, parameter ratio %(ratio).3f", vars(advice))
         curves = variance.groupby(["type", "rank"], sort=False)["explained"].mean().reset_index()

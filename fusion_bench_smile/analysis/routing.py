@@ -40,7 +40,7 @@ def routing_by_task(model: nn.Module, calls: Mapping[str, Sequence[Call]], exper
         for layer, seen in routing.items():
             total, entropies, tokens = torch.zeros(len(experts), dtype=torch.float64), 0.0, 0
             for number, call in enumerate(of_task):
-                keep = _real(call, seen.scores[number])
+                keep = call.real(seen.scores[number])
                 scores = seen.scores[number][keep].double()
                 choices, weights = seen.choices[number][keep], seen.weights[number][keep]
                 total.index_add_(0, choices.flatten().cpu(), weights.flatten().double().cpu())
@@ -112,10 +112,3 @@ def token_choices(model: nn.Module, call: Call, layer: str) -> Tensor:
 
 def _span(rows: Tensor) -> Tensor:
     return torch.linalg.qr(rows.mT).Q.mT
-
-
-def _real(call: Call, scores: Tensor) -> Tensor:
-    """Which of the tokens of scores (…, T) are no padding."""
-    mask = call.mask
-    fits = mask is not None and mask.shape == scores.shape[:-1]
-    return mask.to(scores.device) if fits and mask is not None else scores.new_ones(scores.shape[:-1]).bool()

@@ -109,10 +109,6 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def parameters_of(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def to_markdown(table: pd.DataFrame, digits: int, exceptions: Mapping[str, int] | None = None) -> str:
     """A table of numbers with so many decimals; some columns with others."""
     places = {column: (exceptions or {}).get(column, digits) for column in table.columns}

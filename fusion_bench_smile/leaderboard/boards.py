@@ -97,8 +97,8 @@ def pareto(table: pd.DataFrame, cost: str = "parameters", gain: str = "average")
 
 
 def _board(benchmark: str, runs: list[Run], published: bool) -> Board:
-    newest = max(runs, key=lambda run: len(run.report.tasks)).report
-    tasks = list(newest.tasks)
+    fullest = max(runs, key=lambda run: len(run.report.tasks)).report
+    tasks = list(fullest.tasks)
     own = next((run.report.tasks for run in runs if run.report.kind == "individual"), {})
     rows = []
     for run in runs:
@@ -110,7 +110,7 @@ def _board(benchmark: str, runs: list[Run], published: bool) -> Board:
         notes.append("some runs don't have all tasks: their averages aren't comparable")
     if any(run.report.kind == "individual" for run in runs):
         notes.append("the individual models' parameters are all of theirs together")
-    found = published_for(newest.modelpool, tasks) if published else None
+    found = published_for(fullest.modelpool, tasks) if published else None
     if found is not None:
         rows += _reference_rows(found.table, found.individual)
         notes += [f"rows marked † are published, not measured here: {found.source}", found.smile]
@@ -124,16 +124,13 @@ def _board(benchmark: str, runs: list[Run], published: bool) -> Board:
 def _row(run: Run) -> dict[str, object]:
     report = run.report
     constructed = report.construction if report.kind == "merged" else None
-    peak = None
-    if constructed is not None:
-        peak = constructed.peak_device_bytes or constructed.peak_host_bytes
     return {
         "method": report.label,
         **{name: task.score for name, task in report.tasks.items()},
         "average": average_of(report.tasks),
         "parameters": report.ratio,
         "seconds": constructed and constructed.seconds,
-        "memory": peak and peak / 1e6,
+        "memory": constructed and constructed.peak_megabytes,
         "throughput": report.samples_per_second,
         "origin": MEASURED,
         "kind": report.kind,

@@ -12,10 +12,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ...analysis.cost import parameters_of
 from ...layers import Routed
 from ...text_classification import batch_of
 from ...upscale import upscale
-from ..measure import parameters_of, run, to_markdown
+from ..measure import run, to_markdown
 from . import DATA, KINDS, TASKS, Kind, load_expert, load_head, load_pretrained, load_texts, load_tokenizer
 from .evaluate import accuracy, arrays
 
