@@ -14,7 +14,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..leaderboard.figures import STYLES
+from ..leaderboard.figures import STYLES, grouped_bars
 from .subspace import ZONES
 
 COLORS = [color for color, _ in STYLES]
@@ -29,7 +29,7 @@ def subspace_energy(table: pd.DataFrame) -> Figure:
         by_layer.plot(range(1, len(values) + 1), values, color=color, marker=marker, markersize=4, label=f"zone {zone}")
     by_layer.set(xlabel="linear layer, in the model's order", ylabel="share of ‖ΔW‖² (%)", ylim=(0, 100))
     shares = 100 * table.groupby("type", sort=False)[list(ZONES)].mean()
-    _grouped_bars(by_type, shares)
+    grouped_bars(by_type, shares, COLORS)
     by_type.set(xlabel="type of layer")
     figure.legend(*by_layer.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
@@ -56,7 +56,7 @@ def explained_variance(variance: pd.DataFrame) -> Figure:
 def scores(table: pd.DataFrame, ylabel: str = "score (%)") -> Figure:
     """Bars: tasks (the columns) for each row."""
     figure, axis = plt.subplots(figsize=(max(8, 1.4 * len(table.columns)), 4.4), layout="constrained")
-    _grouped_bars(axis, table.T)
+    grouped_bars(axis, table.T, COLORS)
     axis.set_ylabel(ylabel)
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
     return figure
@@ -179,14 +179,3 @@ def costs(table: pd.DataFrame) -> Figure:
                 axis.set_title(title)
     figure.suptitle("× : relative to the pretrained model")
     return figure
-
-
-def _grouped_bars(axis: plt.Axes, table: pd.DataFrame) -> None:
-    """One group of bars for each row of a table, one bar for each column."""
-    width, places = 0.84 / len(table.columns), np.arange(len(table))
-    for number, column in enumerate(table.columns):
-        offset = (number - (len(table.columns) - 1) / 2) * width
-        axis.bar(places + offset, table[column], width, label=column, color=COLORS[number % len(COLORS)])
-    axis.set_xticks(places, table.index)
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)

@@ -106,19 +106,23 @@ def task_bars(board: Board) -> Figure:
     measured = board.measured.sort_values("average", ascending=False)
     chosen = measured[~measured["method"].map(family).duplicated()].head(BARS)
     figure, axis = plt.subplots(figsize=(max(8, 1.5 * len(board.tasks)), 4.4), layout="constrained")
-    width = 0.84 / len(chosen)
-    places = np.arange(len(board.tasks))
-    for number, (_, row) in enumerate(chosen.iterrows()):
-        heights = row[board.tasks].astype(float)
-        color, _ = of_family[family(row["method"])]
-        offset = (number - (len(chosen) - 1) / 2) * width
-        axis.bar(places + offset, heights, width, label=row["method"], color=color, edgecolor="w", linewidth=0.4)
-    axis.set_xticks(places, board.tasks)
+    scores = chosen.set_index("method")[board.tasks].T.astype(float)
+    grouped_bars(axis, scores, [of_family[family(method)][0] for method in scores.columns])
     axis.set(ylabel="score (%)", title=board.benchmark)
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
+
+
+def grouped_bars(axis: Axes, table: pd.DataFrame, colors: Sequence[str]) -> None:
+    """One group of bars for each row of a table, one bar for each column."""
+    width, places = 0.84 / len(table.columns), np.arange(len(table))
+    for number, (column, color) in enumerate(zip(table.columns, colors, strict=False)):
+        offset = (number - (len(table.columns) - 1) / 2) * width
+        heights = table.iloc[:, number]
+        axis.bar(places + offset, heights, width, label=column, color=color, edgecolor="w", linewidth=0.4)
+    axis.set_xticks(places, table.index)
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
 
 
 def _scatter_panel(axis: Axes, board: Board, gain: str, of_family: dict[str, tuple[str, str]]) -> None:
