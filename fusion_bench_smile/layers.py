@@ -9,11 +9,11 @@ Two ways to compute the same thing:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ ROUTED = ("gate", "down", "up", "dense", "expert_bias")
 SAVED_FROM, SAVED_FROM_WEIGHTED = 10_000_000, 40_000_000
 SAME_TIME = 8
 Execution = Literal["auto", "grouped", "masked"]
+Score = Literal["norm", "weighted", "relative", "output"]
+See = Callable[[Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class SmileLayout:
         shared_router: the router rows are an expert's own leading directions; otherwise they are others.
         expert_bias: some expert changed the bias.
         execution: how the layer is computed; see `Routed.grouped_pays`.
+        score: how well an expert fits a token; see `Routed.scores`.
     """
 
     ranks: tuple[int, ...]
@@ -47,6 +50,7 @@ class SmileLayout:
     shared_router: bool = True
     expert_bias: bool = False
     execution: Execution = "auto"
+    score: Score = "norm"
 
     @property
     def num_experts(self) -> int:
@@ -81,6 +85,16 @@ class SmileLayout:
         return cls(**plain)
 
 
+class InputChoice(Protocol):
+    """Who chooses the experts of whole inputs; see `scopes.InputRouter`."""
+
+    def weights(self, layer: Routed, x: Tensor, out: Tensor) -> Tensor | None:
+        """The weight of each expert for each input of x: (inputs, T); None where the layer stays the plain one."""
+
+    def groups(self, weights: Tensor) -> list[tuple[int, Tensor]] | None:
+        """Each expert that serves some inputs, and which ones (n,); None where that isn't to be waited for."""
+
+
 class Routed(nn.Module):
     """y = W₀x + b₀ + Σᵢ wᵢ(x)·(ΔWᵢ x + Δbᵢ), with wᵢ from the router (arXiv 2408.10174, section 4).
 
@@ -103,6 +117,8 @@ class Routed(nn.Module):
     up: Tensor | None
     dense: Tensor | None
     expert_bias: Tensor | None
+    input_choice: InputChoice | None = None  # None: every token has its own
+    see: See | None = None  # told the scores, choices and weights of every call, while somebody watches
 
     @classmethod
     def around(cls, plain: nn.Module, layout: SmileLayout, device: torch.device | str | None = None) -> Routed:
@@ -121,7 +137,8 @@ class Routed(nn.Module):
         """The plain layer of the kind `plain`, with this one's own parameters and settings."""
         layer = plain.__new__(plain)
         nn.Module.__init__(layer)
-        layer.__dict__.update({key: copy(value) for key, value in self.__dict__.items() if key != "layout"})
+        own = ("layout", "input_choice", "see")
+        layer.__dict__.update({key: copy(value) for key, value in self.__dict__.items() if key not in own})
         for name in ROUTED:
             layer._parameters.pop(name)
         return layer
@@ -154,10 +171,16 @@ class Routed(nn.Module):
 
     def route(self, x: Tensor, out: Tensor) -> Tensor:
         """What the plain layer gives (…, out), with the experts' part added."""
+        if self.input_choice is not None:
+            weights = self.input_choice.weights(self, x, out)
+            return out if weights is None else self._by_input(x, out, weights, self.input_choice.groups(weights))
         projected = self._projected(x)
-        if projected is not None and self.grouped_pays(x):
-            return self._grouped(x, out, projected)
-        return self._masked(x, out, projected)
+        scores = None if projected is None else self._scores(x, out, projected)
+        if scores is not None and self.see is not None:
+            self.see(scores.detach(), *self.chosen(scores.detach()))
+        if scores is not None and projected is not None and self.grouped_pays(x):
+            return self._grouped(x, out, projected, scores)
+        return self._masked(x, out, projected, self._weights(out, scores))
 
     def grouped_pays(self, x: Tensor) -> bool:
         """Whether the layer is computed expert by expert for an input (…, in).
@@ -178,16 +201,27 @@ class Routed(nn.Module):
         each = SAVED_FROM if layout.top_k == 1 else SAVED_FROM_WEIGHTED
         return saved > each * min(layout.num_experts, tokens * layout.top_k)
 
-    def scores(self, x: Tensor) -> Tensor:
-        """Router scores ‖V_gateᵢᵀ x‖₂ of every token of x: (…, T), in float32 or, for float64 input, float64.
+    def scores(self, x: Tensor, out: Tensor | None = None) -> Tensor | None:
+        """How well each expert fits each token of x: (…, T); None where the layer has no router: it has one expert, or
+        only biases were changed.
 
-        Raises:
-            ValueError: if the layer has no router: it has one expert, or only biases were changed.
+        `out` is what the plain layer makes of x, which the score ``"output"`` needs. In float32 or, for float64 input, float64. With pᵢⱼ = vᵢⱼᵀx, the projections on an expert's router rows:
+
+        - ``"norm"``, the paper's: (Σⱼ pᵢⱼ²)^½;
+        - ``"weighted"``: (Σⱼ (sᵢⱼ/sᵢ₁)² pᵢⱼ²)^½, by relative singular values, of the rows that the expert has itself;
+        - ``"relative"``: Σⱼ pᵢⱼ² / ‖x‖², the share of the token's energy, the same for large and small tokens;
+        - ``"output"``: (Σⱼ sᵢⱼ² pᵢⱼ²)^½ / ‖W₀x + b₀‖, what the expert would change of the layer's output.
         """
         projected = self._projected(x)
-        if projected is None:
-            raise ValueError("this layer has no router: one expert, or only biases were changed")
-        return self._scores(projected)
+        return None if projected is None else self._scores(x, x if out is None else out, projected)
+
+    @property
+    def singular_values(self) -> Tensor:
+        """Of each expert's router rows, zero where the expert doesn't hold that direction: (Σ gate_ranks,), float32."""
+        layout = self.layout
+        own = self.weight.new_zeros(0) if self.up is None else torch.linalg.vector_norm(self.up.float(), dim=1)
+        of_experts = zip(own.split(list(layout.low_ranks)), layout.shared_ranks, layout.gate_ranks, strict=True)
+        return torch.cat([F.pad(s[:shared], (0, rows - shared)) for s, shared, rows in of_experts])
 
     def chosen(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Which experts serve tokens with these scores (…, T), and with what weights: both (…, top_k)."""
@@ -205,15 +239,77 @@ class Routed(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.project(x.to(dtype), self.gate.to(dtype))
 
-    def _scores(self, projected: Tensor) -> Tensor:
+    def _scores(self, x: Tensor, out: Tensor, projected: Tensor) -> Tensor:
+        kind = self.layout.score
+        if kind == "norm":
+            return self._norms(projected)
+        if kind == "relative":
+            return self._norms(projected).square() / self.token_energies(x)
+        values = self.singular_values.to(projected.dtype)
+        if kind == "weighted":
+            return self._norms(projected * self._relative(values))
+        size = torch.linalg.vector_norm(out, dim=-1, keepdim=True, dtype=projected.dtype)
+        return self._norms(projected * values) / size.clamp(min=torch.finfo(size.dtype).tiny)
+
+    def _norms(self, projected: Tensor) -> Tensor:
+        """The norm of each expert's columns of (…, Σ gate_ranks): (…, T)."""
         gate_ranks = self.layout.gate_ranks
         if _uniform(gate_ranks):
             return torch.linalg.vector_norm(projected.unflatten(-1, (len(gate_ranks), gate_ranks[0])), dim=-1)
         return torch.stack([torch.linalg.vector_norm(p, dim=-1) for p in projected.split(list(gate_ranks), -1)], -1)
 
-    def _masked(self, x: Tensor, out: Tensor, projected: Tensor | None) -> Tensor:
+    def _relative(self, values: Tensor) -> Tensor:
+        """Singular values over their expert's first one: (Σ gate_ranks,)."""
+        each = values.split(list(self.layout.gate_ranks))
+        return torch.cat([s / s[:1].clamp(min=torch.finfo(s.dtype).tiny) for s in each])
+
+    def token_energies(self, x: Tensor) -> Tensor:
+        """‖x‖² of every token: (…, 1), above zero."""
+        squares = x.to(torch.promote_types(x.dtype, torch.float32)).square()
+        ones = squares.new_ones(1, self.matrix(self.weight).shape[1])
+        return self.project(squares, ones).clamp(min=torch.finfo(squares.dtype).tiny)
+
+    def _by_input(self, x: Tensor, out: Tensor, weights: Tensor, groups: list[tuple[int, Tensor]] | None) -> Tensor:
+        """`out` (B, …, out) with the experts' part added, each with a weight (B, T) for all tokens of an input."""
+        if groups is None:
+            of_tokens = weights.view(len(weights), *[1] * (out.ndim - 2), -1).expand(*out.shape[:-1], -1)
+            return self._masked(x, out, self._projected(x), of_tokens)
+        for expert, inputs in groups:
+            alone = len(inputs) == len(x)
+            added = self._expert_output(expert, x if alone else x.index_select(0, inputs))
+            if added is None:
+                continue
+            if self.layout.top_k > 1:
+                share = weights[:, expert] if alone else weights[inputs, expert]
+                added = added * share.view(-1, *[1] * (out.ndim - 1)).to(added.dtype)
+            out = out + added if alone else out.index_add(0, inputs, added.to(out.dtype))
+        return out
+
+    def _expert_output(self, expert: int, x: Tensor) -> Tensor | None:
+        """What one expert adds to all tokens of x: (…, out); None if nothing."""
         layout = self.layout
-        weights = self._weights(out, projected)  # (…, T)
+        added: Tensor | None = None
+        if self.dense is not None and layout.ranks[expert] == DENSE:
+            added = self.project(x, self.dense[layout.dense_experts.index(expert)])
+        elif self.up is not None and layout.ranks[expert] > 0:
+            up = self.up.split(list(layout.low_ranks))[expert]
+            added = self.project(x, self._directions(expert)) @ up
+        if self.expert_bias is None:
+            return added
+        return self.expert_bias[expert] if added is None else added + self.expert_bias[expert]
+
+    def _directions(self, expert: int) -> Tensor:
+        """The right singular vectors of one expert: (rank, in)."""
+        layout, rows = self.layout, []
+        if self.gate is not None and layout.shared_ranks[expert]:
+            rows.append(self.gate.split(list(layout.gate_ranks))[expert][: layout.shared_ranks[expert]])
+        if self.down is not None and layout.down_rows[expert]:
+            rows.append(self.down.split(list(layout.down_rows))[expert])
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _masked(self, x: Tensor, out: Tensor, projected: Tensor | None, weights: Tensor) -> Tensor:
+        """`out` with every expert's part added, times its weight for each token (…, T)."""
+        layout = self.layout
         if self.up is not None:
             out = _plus_product(out, self._weighted_directions(x, projected, weights), self.up)
         weights = weights.to(out.dtype)
@@ -238,11 +334,11 @@ class Routed(nn.Module):
         each = zip(weights.split(1, -1), *split, strict=True)
         return torch.cat([block * weight for weight, *of_expert in each for block in of_expert], dim=-1)
 
-    def _grouped(self, x: Tensor, out: Tensor, projected: Tensor) -> Tensor:
+    def _grouped(self, x: Tensor, out: Tensor, projected: Tensor, scores: Tensor) -> Tensor:
         """Adds to `out` in place."""
         layout = self.layout
         tokens, summed = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-        chosen, share = (each.flatten() for each in self.chosen(self._scores(projected)))  # (N·top_k,)
+        chosen, share = (each.flatten() for each in self.chosen(scores))  # (N·top_k,)
         projected = projected.flatten(0, -2) if projected.ndim > 1 else projected[None]
         order = chosen.argsort(stable=True)
         counts = chosen.bincount(minlength=layout.num_experts).tolist()
@@ -284,13 +380,16 @@ class Routed(nn.Module):
             return F.linear(joined.to(self.up.dtype), self.up[start : start + rank].mT, bias)
         return None if bias is None else bias.expand(len(token), -1)
 
-    def _weights(self, out: Tensor, projected: Tensor | None) -> Tensor:
+    def _weights(self, out: Tensor, scores: Tensor | None) -> Tensor:
         """What each expert contributes to each token: (…, T), at most `top_k` of them not zero."""
         experts = self.layout.num_experts
-        if projected is None:  # one expert, or changed biases alone: nothing tells the tokens apart
+        if scores is None:  # one expert, or changed biases alone: nothing tells the tokens apart
             return out.new_full((*out.shape[:-1], experts), 1 / experts)
-        scores = self._scores(projected)
-        if self.layout.top_k >= experts:
+        return self.shares(scores)
+
+    def shares(self, scores: Tensor) -> Tensor:
+        """What each expert contributes where it has these scores (…, T): (…, T), at most `top_k` of them not zero."""
+        if self.layout.top_k >= self.layout.num_experts:
             return scores.softmax(dim=-1)
         chosen, share = self.chosen(scores)
         return torch.zeros_like(scores).scatter(-1, chosen, share)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .layers import Routed
+from .layers import Routed, See
 
 
 @dataclass
@@ -99,31 +99,28 @@ def _routers(model: nn.Module) -> dict[str, Routed]:
 
 
 @contextmanager
-def _watching(model: nn.Module, see: dict[str, Callable[[Tensor, Tensor, Tensor], None]]) -> Iterator[None]:
+def _watching(model: nn.Module, see: dict[str, See]) -> Iterator[None]:
     """Have each router tell the scores, choices and weights that it computes anyway."""
-
-    def watched(layer: Routed, tell: Callable[[Tensor, Tensor, Tensor], None]) -> Callable[[Tensor], Tensor]:
-        plain = layer._scores  # or what another one who watches has put there
-
-        def scores(projected: Tensor) -> Tensor:
-            computed = plain(projected)
-            with torch.no_grad():
-                tell(computed.detach(), *layer.chosen(computed.detach()))
-            return computed
-
-        return scores
-
     layers = _routers(model)
-    before = {name: vars(layer).get("_scores") for name, layer in layers.items()}
+    before = {name: layer.see for name, layer in layers.items()}  # another one who watches
     for name, layer in layers.items():
-        vars(layer)["_scores"] = watched(layer, see[name])
+        layer.see = _both(before[name], see[name])
     try:
         yield
     finally:
         for name, layer in layers.items():
-            del vars(layer)["_scores"]
-            if before[name] is not None:
-                vars(layer)["_scores"] = before[name]
+            layer.see = before[name]
+
+
+def _both(first: See | None, second: See) -> See:
+    if first is None:
+        return second
+
+    def see(scores: Tensor, choices: Tensor, weights: Tensor) -> None:
+        first(scores, choices, weights)
+        second(scores, choices, weights)
+
+    return see
 
 
 def _weight_of_each(scores: Tensor, choices: Tensor, weights: Tensor) -> Tensor:

@@ -34,11 +34,18 @@ def vision_tower(clip: CLIPModel) -> CLIPVisionModel:
 
 
 def fine_tuned(
-    clip: CLIPModel, tower: CLIPVisionModel, head: torch.Tensor, images: Images, strength: str, folder: Path
-):
+    clip: CLIPModel,
+    tower: CLIPVisionModel,
+    head: torch.Tensor,
+    images: Images,
+    strength: str,
+    folder: Path,
+    seed: int = 0,
+) -> CLIPVisionModel:
     """The full fine-tune, from `folder` if it lies there."""
     if not folder.exists():
-        tuned = finetune(clip, tower, head, images, RECIPES[strength])
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tuned = finetune(clip, tower, head, images, RECIPES[strength], seed)
         tuned.save_pretrained(folder.with_suffix(".part"))
         folder.with_suffix(".part").rename(folder)
     return CLIPVisionModel.from_pretrained(folder).eval()

@@ -83,6 +83,7 @@ def router_statistics(model: nn.Module, texts: int = TEXTS) -> pd.Series:
 def _of_layer(layer: Routed, x: Tensor) -> tuple[Tensor, Tensor]:
     """Of tokens (n, in): the energy that each expert's router rows capture, and each expert's load; both (T,)."""
     scores = layer.scores(x)
+    assert scores is not None
     rows = torch.tensor(layer.layout.gate_ranks).clamp(min=1)
     energy = scores.square().sum(0) / x.square().sum() * x.shape[-1] / rows
     load = scores.argmax(dim=-1).bincount(minlength=len(rows)) / len(x)

@@ -42,13 +42,16 @@ def ship_texts(task: str, texts: Texts) -> None:
         pq.write_table(dataset.data.table, file, compression="zstd")
 
 
-def fine_tuned(encoder: BertModel, task: str, kind: str, folder: Path) -> tuple[PreTrainedModel | PeftModel, Head]:
+def fine_tuned(
+    encoder: BertModel, task: str, kind: str, folder: Path, seed: int = 0
+) -> tuple[PreTrainedModel | PeftModel, Head]:
     """The fine-tuned model and its head, from `folder` if they lie there."""
     if not folder.exists():
         tokenizer, (texts, labels) = load_tokenizer(), arrays(load_texts(task, "train"), task)
         probed = probe(encoder, tokenizer, texts, labels)
-        tuned, head = finetune(encoder, tokenizer, probed, texts, labels, kind)
+        tuned, head = finetune(encoder, tokenizer, probed, texts, labels, kind, seed)
         scratch = folder.with_suffix(".part")
+        folder.parent.mkdir(parents=True, exist_ok=True)
         tuned.save_pretrained(scratch)
         head.save(scratch / HEAD)
         scratch.rename(folder)

@@ -42,8 +42,8 @@ def probe(encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequenc
     return Head(weight.float(), bias.float())
 
 
-def _batches(count: int, recipe: Recipe) -> Iterator[list[int]]:
-    generator = torch.Generator().manual_seed(0)
+def _batches(count: int, recipe: Recipe, seed: int) -> Iterator[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(recipe.epochs):
         order = torch.randperm(count, generator=generator)
         yield from (part.tolist() for part in order[: count - count % recipe.batch].split(recipe.batch))
@@ -56,9 +56,10 @@ def finetune(
     texts: Sequence[Text],
     labels: Tensor,
     kind: str,
+    seed: int = 0,
 ) -> tuple[PreTrainedModel | PeftModel, Head]:
     """A fine-tuned copy of the encoder (for ``"lora"`` a `PeftModel`), and the head that was trained with it."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tuned: PreTrainedModel | PeftModel = deepcopy(encoder)
     for name, parameter in tuned.named_parameters():
         parameter.requires_grad_(not name.startswith(STEM))
@@ -74,7 +75,7 @@ def finetune(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (0.1 * steps), 0.5 * (1 + math.cos(math.pi * step / steps)))
     )
-    for index in _batches(len(texts), recipe):
+    for index in _batches(len(texts), recipe, seed):
         with torch.autocast("cpu", torch.bfloat16):
             pooled = embed(tuned, batch_of(tokenizer, [texts[i] for i in index]))
         loss = F.cross_entropy(F.linear(pooled.float(), weight, bias), labels[index])
