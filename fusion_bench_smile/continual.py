@@ -118,23 +118,19 @@ def parts_of(layer: Routed) -> list[ExpertPart]:
     found = []
     for number, rank in enumerate(layout.ranks):
         bias = None if layer.expert_bias is None else layer.expert_bias[number]
-        row = layout.dense_experts.index(number) if rank == DENSE else None
+        dense = layer.rows("dense", layout.dense_rows, number)
         found.append(
             ExpertPart(
                 rank=rank,
                 gate_rank=layout.gate_ranks[number],
-                gate=_slice(layer.gate, layout.gate_ranks, number),
-                down=_slice(layer.down, layout.down_rows, number),
-                up=_slice(layer.up, layout.low_ranks, number),
-                dense=None if row is None or layer.dense is None else layer.dense[row],
+                gate=layer.rows("gate", layout.gate_ranks, number),
+                down=layer.rows("down", layout.down_rows, number),
+                up=layer.rows("up", layout.low_ranks, number),
+                dense=None if dense is None else dense[0],
                 bias=bias if bias is not None and bool(bias.any()) else None,
             )
         )
     return found
-
-
-def _slice(rows: Tensor | None, sizes: tuple[int, ...], number: int) -> Tensor | None:
-    return None if rows is None else rows.split(list(sizes))[number]
 
 
 def directions(part: ExpertPart, shared: int) -> Tensor | None:

@@ -13,21 +13,24 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 DENSE = -1
-ROUTED = ("gate", "down", "up", "dense", "expert_bias")
+ROWS = ("gate", "down", "up", "dense")  # what the experts' deltas are stored as
+ROUTED = (*ROWS, *(f"{name}_scale" for name in ROWS), "expert_bias")
 # On a CPU, handling an expert's tokens apart costs as much as these multiply-adds, and several times as much where what
 # it gives must be weighted; few tokens take as long as SAME_TIME of them, because the weights have to be read.
 SAVED_FROM, SAVED_FROM_WEIGHTED = 10_000_000, 40_000_000
 SAME_TIME = 8
 Execution = Literal["auto", "grouped", "masked"]
 Score = Literal["norm", "weighted", "relative", "output"]
+Storage = Literal["same", "int8"]
 See = Callable[[Tensor, Tensor, Tensor], None]
+Groups = tuple[int, list[tuple[int, Tensor]]]  # number of inputs; each expert that serves some, and which ones (n,)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class SmileLayout:
         expert_bias: some expert changed the bias.
         execution: how the layer is computed; see `Routed.grouped_pays`.
         score: how well an expert fits a token; see `Routed.scores`.
+        storage: of the experts' rows: in the weight's dtype, or as int8 with a scale for each row.
     """
 
     ranks: tuple[int, ...]
@@ -51,6 +55,7 @@ class SmileLayout:
     expert_bias: bool = False
     execution: Execution = "auto"
     score: Score = "norm"
+    storage: Storage = "same"
 
     @property
     def num_experts(self) -> int:
@@ -76,6 +81,11 @@ class SmileLayout:
     def dense_experts(self) -> tuple[int, ...]:
         return tuple(i for i, rank in enumerate(self.ranks) if rank == DENSE)
 
+    @cached_property
+    def dense_rows(self) -> tuple[int, ...]:
+        """For each expert 1 if its delta is kept dense, else 0."""
+        return tuple(int(rank == DENSE) for rank in self.ranks)
+
     def to_dict(self) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
@@ -91,8 +101,8 @@ class InputChoice(Protocol):
     def weights(self, layer: Routed, x: Tensor, out: Tensor) -> Tensor | None:
         """The weight of each expert for each input of x: (inputs, T); None where the layer stays the plain one."""
 
-    def groups(self, weights: Tensor) -> list[tuple[int, Tensor]] | None:
-        """Each expert that serves some inputs, and which ones (n,); None where that isn't to be waited for."""
+    def groups(self, weights: Tensor) -> Groups | None:
+        """The inputs by the experts that serve them; None where that isn't to be waited for."""
 
 
 class Routed(nn.Module):
@@ -106,6 +116,9 @@ class Routed(nn.Module):
     - `up` (Σ ranks, out): the left singular vectors times the singular values, one a row;
     - `dense` (D, out, in): the deltas of the dense experts;
     - `expert_bias` (T, out): the bias deltas.
+
+    Rows that are stored as int8 have the factor that each is multiplied with beside them: `gate_scale` (Σ gate_ranks, 1)
+    and so on; `rows` gives them as they are computed with.
 
     out and in are the sides of the weight as a matrix (`matrix`); a token is what that matrix maps.
     """
@@ -154,11 +167,30 @@ class Routed(nn.Module):
             "dense": (len(layout.dense_experts), out, columns),
             "expert_bias": (layout.num_experts if layout.expert_bias else 0, out),
         }
-        device = device or self.weight.device
+        device, dtype, small = device or self.weight.device, self.weight.dtype, layout.storage == "int8"
         for name, shape in shapes.items():
-            empty = 0 in shape
-            value = None if empty else nn.Parameter(torch.zeros(shape, device=device, dtype=self.weight.dtype))
-            self.register_parameter(name, value)
+            as_int8 = small and name in ROWS
+            self._register(name, shape, torch.int8 if as_int8 else dtype, device)
+            if name in ROWS:
+                self._register(f"{name}_scale", (*shape[:-1], 1) if as_int8 else (0,), dtype, device)
+
+    def _register(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> None:
+        """A parameter of zeros; None where it is empty."""
+        zeros = None if 0 in shape else torch.zeros(shape, device=device, dtype=dtype)
+        self.register_parameter(name, None if zeros is None else nn.Parameter(zeros, dtype.is_floating_point))
+
+    def rows(self, name: str, of: Sequence[int] | None = None, expert: int = 0) -> Tensor | None:
+        """One of `gate`, `down`, `up` and `dense` as it is computed with, in the weight's dtype; None if there is none.
+
+        Args:
+            of: how many rows each expert has, to get those of one `expert` alone.
+        """
+        stored: Tensor | None = getattr(self, name)
+        if stored is None or (of is not None and not of[expert]):
+            return None
+        part = slice(None) if of is None else slice(sum(of[:expert]), sum(of[: expert + 1]))
+        mine = stored if of is None else stored[part]
+        return mine if mine.dtype != torch.int8 else mine.to(self.weight.dtype) * getattr(self, f"{name}_scale")[part]
 
     @staticmethod
     def matrix(weight: Tensor) -> Tensor:
@@ -202,10 +234,11 @@ class Routed(nn.Module):
         return saved > each * min(layout.num_experts, tokens * layout.top_k)
 
     def scores(self, x: Tensor, out: Tensor | None = None) -> Tensor | None:
-        """How well each expert fits each token of x: (…, T); None where the layer has no router: it has one expert, or
-        only biases were changed.
+        """How well each expert fits each token of x: (…, T), in float32 or, for float64 input, float64.
 
-        `out` is what the plain layer makes of x, which the score ``"output"`` needs. In float32 or, for float64 input, float64. With pᵢⱼ = vᵢⱼᵀx, the projections on an expert's router rows:
+        None where the layer has no router: it has one expert, or only biases were changed. `out` is what the plain
+        layer makes of x, which the score ``"output"`` needs. With pᵢⱼ = vᵢⱼᵀx, the projections on an expert's router
+        rows, the layout's `score` is one of
 
         - ``"norm"``, the paper's: (Σⱼ pᵢⱼ²)^½;
         - ``"weighted"``: (Σⱼ (sᵢⱼ/sᵢ₁)² pᵢⱼ²)^½, by relative singular values, of the rows that the expert has itself;
@@ -215,11 +248,24 @@ class Routed(nn.Module):
         projected = self._projected(x)
         return None if projected is None else self._scores(x, x if out is None else out, projected)
 
+    def energies(self, x: Tensor) -> Tensor | None:
+        """What each expert's router rows capture of each token's energy ‖x‖²: (…, 2·T), None without a router.
+
+        First Σⱼ pᵢⱼ² / ‖x‖² of all experts, then Σⱼ sᵢⱼ² pᵢⱼ² / ‖x‖².
+        """
+        projected = self._projected(x)
+        if projected is None:
+            return None
+        weighted = projected * self.singular_values.to(projected.dtype)
+        both = torch.cat([self._norms(projected), self._norms(weighted)], dim=-1)
+        return both.square() / self.token_energies(x)
+
     @property
     def singular_values(self) -> Tensor:
         """Of each expert's router rows, zero where the expert doesn't hold that direction: (Σ gate_ranks,), float32."""
         layout = self.layout
-        own = self.weight.new_zeros(0) if self.up is None else torch.linalg.vector_norm(self.up.float(), dim=1)
+        up = self.rows("up")
+        own = self.weight.new_zeros(0).float() if up is None else torch.linalg.vector_norm(up.float(), dim=1)
         of_experts = zip(own.split(list(layout.low_ranks)), layout.shared_ranks, layout.gate_ranks, strict=True)
         return torch.cat([F.pad(s[:shared], (0, rows - shared)) for s, shared, rows in of_experts])
 
@@ -231,13 +277,14 @@ class Routed(nn.Module):
 
     def _projected(self, x: Tensor) -> Tensor | None:
         """x on the router rows: (…, Σ gate_ranks), in at least float32: rounded scores choose wrong experts."""
-        if self.gate is None:
+        gate = self.rows("gate")
+        if gate is None:
             return None
         dtype = torch.promote_types(x.dtype, torch.float32)
         if not torch.is_autocast_enabled(x.device.type):
-            return self.project(x.to(dtype), self.gate.to(dtype))
+            return self.project(x.to(dtype), gate.to(dtype))
         with torch.autocast(x.device.type, enabled=False):
-            return self.project(x.to(dtype), self.gate.to(dtype))
+            return self.project(x.to(dtype), gate.to(dtype))
 
     def _scores(self, x: Tensor, out: Tensor, projected: Tensor) -> Tensor:
         kind = self.layout.score
@@ -269,12 +316,12 @@ class Routed(nn.Module):
         ones = squares.new_ones(1, self.matrix(self.weight).shape[1])
         return self.project(squares, ones).clamp(min=torch.finfo(squares.dtype).tiny)
 
-    def _by_input(self, x: Tensor, out: Tensor, weights: Tensor, groups: list[tuple[int, Tensor]] | None) -> Tensor:
+    def _by_input(self, x: Tensor, out: Tensor, weights: Tensor, groups: Groups | None) -> Tensor:
         """`out` (B, …, out) with the experts' part added, each with a weight (B, T) for all tokens of an input."""
         if groups is None:
             of_tokens = weights.view(len(weights), *[1] * (out.ndim - 2), -1).expand(*out.shape[:-1], -1)
             return self._masked(x, out, self._projected(x), of_tokens)
-        for expert, inputs in groups:
+        for expert, inputs in groups[1]:
             alone = len(inputs) == len(x)
             added = self._expert_output(expert, x if alone else x.index_select(0, inputs))
             if added is None:
@@ -282,17 +329,17 @@ class Routed(nn.Module):
             if self.layout.top_k > 1:
                 share = weights[:, expert] if alone else weights[inputs, expert]
                 added = added * share.view(-1, *[1] * (out.ndim - 1)).to(added.dtype)
-            out = out + added if alone else out.index_add(0, inputs, added.to(out.dtype))
+            out = out + added if alone else out.index_add_(0, inputs, added.to(out.dtype))
         return out
 
     def _expert_output(self, expert: int, x: Tensor) -> Tensor | None:
         """What one expert adds to all tokens of x: (…, out); None if nothing."""
         layout = self.layout
         added: Tensor | None = None
-        if self.dense is not None and layout.ranks[expert] == DENSE:
-            added = self.project(x, self.dense[layout.dense_experts.index(expert)])
-        elif self.up is not None and layout.ranks[expert] > 0:
-            up = self.up.split(list(layout.low_ranks))[expert]
+        dense, up = self.rows("dense", layout.dense_rows, expert), self.rows("up", layout.low_ranks, expert)
+        if dense is not None:
+            added = self.project(x, dense[0])
+        elif up is not None:
             added = self.project(x, self._directions(expert)) @ up
         if self.expert_bias is None:
             return added
@@ -300,22 +347,90 @@ class Routed(nn.Module):
 
     def _directions(self, expert: int) -> Tensor:
         """The right singular vectors of one expert: (rank, in)."""
-        layout, rows = self.layout, []
-        if self.gate is not None and layout.shared_ranks[expert]:
-            rows.append(self.gate.split(list(layout.gate_ranks))[expert][: layout.shared_ranks[expert]])
-        if self.down is not None and layout.down_rows[expert]:
-            rows.append(self.down.split(list(layout.down_rows))[expert])
+        layout, shared = self.layout, self.layout.shared_ranks[expert]
+        gate = self.rows("gate", layout.gate_ranks, expert) if shared else None
+        down = self.rows("down", layout.down_rows, expert)
+        if gate is None or down is None:
+            return cast(Tensor, down if gate is None else gate[:shared])
+        return torch.cat([gate[:shared], down])
+
+    def _scores(self, x: Tensor, out: Tensor, projected: Tensor) -> Tensor:
+        kind = self.layout.score
+        if kind == "norm":
+            return self._norms(projected)
+        if kind == "relative":
+            return self._norms(projected).square() / self.token_energies(x)
+        values = self.singular_values.to(projected.dtype)
+        if kind == "weighted":
+            return self._norms(projected * self._relative(values))
+        size = torch.linalg.vector_norm(out, dim=-1, keepdim=True, dtype=projected.dtype)
+        return self._norms(projected * values) / size.clamp(min=torch.finfo(size.dtype).tiny)
+
+    def _norms(self, projected: Tensor) -> Tensor:
+        """The norm of each expert's columns of (…, Σ gate_ranks): (…, T)."""
+        gate_ranks = self.layout.gate_ranks
+        if _uniform(gate_ranks):
+            return torch.linalg.vector_norm(projected.unflatten(-1, (len(gate_ranks), gate_ranks[0])), dim=-1)
+        return torch.stack([torch.linalg.vector_norm(p, dim=-1) for p in projected.split(list(gate_ranks), -1)], -1)
+
+    def _relative(self, values: Tensor) -> Tensor:
+        """Singular values over their expert's first one: (Σ gate_ranks,)."""
+        each = values.split(list(self.layout.gate_ranks))
+        return torch.cat([s / s[:1].clamp(min=torch.finfo(s.dtype).tiny) for s in each])
+
+    def token_energies(self, x: Tensor) -> Tensor:
+        """‖x‖² of every token: (…, 1), above zero."""
+        squares = x.to(torch.promote_types(x.dtype, torch.float32)).square()
+        ones = squares.new_ones(1, self.matrix(self.weight).shape[1])
+        return self.project(squares, ones).clamp(min=torch.finfo(squares.dtype).tiny)
+
+    def _by_input(self, x: Tensor, out: Tensor, weights: Tensor, groups: Groups | None) -> Tensor:
+        """`out` (B, …, out) with the experts' part added, each with a weight (B, T) for all tokens of an input."""
+        if groups is None:
+            of_tokens = weights.view(len(weights), *[1] * (out.ndim - 2), -1).expand(*out.shape[:-1], -1)
+            return self._masked(x, out, self._projected(x), of_tokens)
+        for expert, inputs in groups[1]:
+            alone = len(inputs) == len(x)
+            added = self._expert_output(expert, x if alone else x.index_select(0, inputs))
+            if added is None:
+                continue
+            if self.layout.top_k > 1:
+                share = weights[:, expert] if alone else weights[inputs, expert]
+                added = added * share.view(-1, *[1] * (out.ndim - 1)).to(added.dtype)
+            out = out + added if alone else out.index_add_(0, inputs, added.to(out.dtype))
+        return out
+
+    def _expert_output(self, expert: int, x: Tensor) -> Tensor | None:
+        """What one expert adds to all tokens of x: (…, out); None if nothing."""
+        layout = self.layout
+        added: Tensor | None = None
+        dense, up = self.rows("dense", layout.dense_rows, expert), self.rows("up", layout.low_ranks, expert)
+        if dense is not None:
+            added = self.project(x, dense[0])
+        elif up is not None:
+            added = self.project(x, self._directions(expert)) @ up
+        if self.expert_bias is None:
+            return added
+        return self.expert_bias[expert] if added is None else added + self.expert_bias[expert]
+
+    def _directions(self, expert: int) -> Tensor:
+        """The right singular vectors of one expert: (rank, in)."""
+        layout, rows, gate, down = self.layout, [], self.rows("gate"), self.rows("down")
+        if gate is not None and layout.shared_ranks[expert]:
+            rows.append(gate.split(list(layout.gate_ranks))[expert][: layout.shared_ranks[expert]])
+        if down is not None and layout.down_rows[expert]:
+            rows.append(down.split(list(layout.down_rows))[expert])
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _masked(self, x: Tensor, out: Tensor, projected: Tensor | None, weights: Tensor) -> Tensor:
         """`out` with every expert's part added, times its weight for each token (…, T)."""
-        layout = self.layout
-        if self.up is not None:
-            out = _plus_product(out, self._weighted_directions(x, projected, weights), self.up)
+        layout, up, dense = self.layout, self.rows("up"), self.rows("dense")
+        if up is not None:
+            out = _plus_product(out, self._weighted_directions(x, projected, weights), up)
         weights = weights.to(out.dtype)
-        if self.dense is not None:
+        if dense is not None:
             for row, expert in enumerate(layout.dense_experts):
-                out = out + weights[..., expert, None] * self.project(x, self.dense[row])
+                out = out + weights[..., expert, None] * self.project(x, dense[row])
         if self.expert_bias is not None:
             out = _plus_product(out, weights, self.expert_bias)
         return out
@@ -325,8 +440,9 @@ class Routed(nn.Module):
         layout, parts = self.layout, []
         if projected is not None and any(layout.shared_ranks):
             parts.append((projected, layout.gate_ranks, layout.shared_ranks))
-        if self.down is not None:
-            parts.append((self.project(x, self.down), layout.down_rows, layout.down_rows))
+        down = self.rows("down")
+        if down is not None:
+            parts.append((self.project(x, down), layout.down_rows, layout.down_rows))
         if all(_uniform(sizes) for _, *both in parts for sizes in both):
             blocks = [p.unflatten(-1, (len(sizes), sizes[0]))[..., : keep[0]] for p, sizes, keep in parts]
             return (torch.cat(blocks, dim=-1) * weights[..., None]).flatten(-2)
@@ -366,18 +482,16 @@ class Routed(nn.Module):
     def _expert(self, expert: int, tokens: Tensor, token: Tensor, shared: Tensor) -> Tensor | None:
         """What one expert adds to some tokens, of which `shared` is known: (n, out); None if nothing."""
         layout = self.layout
-        rank, own = layout.ranks[expert], layout.down_rows[expert]
         bias = None if self.expert_bias is None else self.expert_bias[expert]
-        if self.dense is not None and rank == DENSE:
-            return F.linear(tokens.index_select(0, token), self.dense[layout.dense_experts.index(expert)], bias)
-        if self.up is not None and rank > 0:
-            hidden = [shared]
-            if self.down is not None and own:
-                start = sum(layout.down_rows[:expert])
-                hidden.append(F.linear(tokens.index_select(0, token), self.down[start : start + own]))
-            start = sum(layout.low_ranks[:expert])
-            joined = torch.cat(hidden, dim=-1) if len(hidden) > 1 else hidden[0]
-            return F.linear(joined.to(self.up.dtype), self.up[start : start + rank].mT, bias)
+        dense, up = self.rows("dense", layout.dense_rows, expert), self.rows("up", layout.low_ranks, expert)
+        if dense is not None:
+            return F.linear(tokens.index_select(0, token), dense[0], bias)
+        if up is not None:
+            down = self.rows("down", layout.down_rows, expert)
+            joined = shared
+            if down is not None:
+                joined = torch.cat([shared, F.linear(tokens.index_select(0, token), down)], dim=-1)
+            return F.linear(joined.to(up.dtype), up.mT, bias)
         return None if bias is None else bias.expand(len(token), -1)
 
     def _weights(self, out: Tensor, scores: Tensor | None) -> Tensor:

@@ -85,9 +85,10 @@ def coinciding_gates(model: nn.Module, experts: Sequence[str]) -> pd.DataFrame:
     """
     rows = []
     for name, layer in model.named_modules():
-        if not isinstance(layer, Routed) or layer.gate is None:
+        gate = layer.rows("gate") if isinstance(layer, Routed) else None
+        if gate is None:
             continue
-        spans = [_span(rows_of) for rows_of in layer.gate.double().split(list(layer.layout.gate_ranks))]
+        spans = [_span(rows_of) for rows_of in gate.double().split(list(layer.layout.gate_ranks))]
         for i, first in enumerate(spans):
             for j in range(i + 1, len(spans)):
                 if not (len(first) and len(spans[j])):

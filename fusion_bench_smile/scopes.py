@@ -1,0 +1,272 @@
+"""One choice of experts for each input of a model, instead of one for each token and layer. Imports torch alone.
+
+The paper's router decides token by token, layer by layer. Here all tokens of an input share a decision:
+
+- ``sequence``: one for each layer, by the mean of the tokens' scores;
+- ``global``: one for each layer, by the scores of all layers so far;
+- ``two_pass``: one for all layers. The pretrained model alone sees the input first, and the scores of all its layers
+  decide; then the experts are used. What else an expert changed, norms and embeddings, can be its own then too.
+
+The scores of several layers are averaged; relative ones, which are shares of the energy, are multiplied (their
+logarithms are added), as what independent witnesses say.
+
+Each input is decided for on its own: which others are in its batch, and in what order, doesn't matter. Padding doesn't
+count, where the model gets an ``attention_mask``. While a model generates, the choice is made at the prompt and kept;
+an encoder-decoder's is made by its encoder.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Groups, Routed
+from .prototypes import Prototypes
+
+Scope = Literal["token", "sequence", "global", "two_pass"]
+ROUTER = "smile_router"
+SMALLEST = 1e-12  # share of the energy
+
+
+class InputRouter(nn.Module):
+    """What the routed layers of one model share while inputs pass: their scores so far, and the decision.
+
+    Attributes:
+        scope: see above; not ``token``, which needs nothing shared.
+        experts: how many there are.
+        top_k: experts kept for each input.
+        refuse: inputs that are far from all prototypes get no expert, but the pretrained model.
+        prototypes: if there are some, they decide instead of the scores (``two_pass`` alone).
+        baseline: (2, T), mean and deviation of the scores of random inputs, which each expert's are compared with;
+            None where they decide as they are.
+        scores: what decided for the last inputs, (B, T).
+        choice: the weight of each expert for each of the last inputs, (B, T).
+    """
+
+    prototypes: Prototypes | None
+    baseline: Tensor | None
+
+    def __init__(self, scope: Scope, experts: int, top_k: int, refuse: bool = False) -> None:
+        super().__init__()
+        self.scope, self.experts, self.top_k, self.refuse = scope, experts, top_k, refuse
+        self.prototypes = None
+        self.register_parameter("baseline", None)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.scores: Tensor | None = None
+        self.choice: Tensor | None = None
+        self._depth = 0  # of calls within calls
+        self._inputs = 0
+        self._mask: Tensor | None = None
+        self._scoring = False
+        self._total: Tensor | None = None
+        self._layers = 0
+        self._features: list[Tensor] = []
+        self._kept: dict[Routed, Tensor] = {}
+        self._groups: Groups | None = None
+
+    # -- what the layers ask
+
+    def weights(self, layer: Routed, x: Tensor, out: Tensor) -> Tensor | None:
+        """See `layers.InputChoice`.
+
+        Raises:
+            RuntimeError: if a part of the model was called alone, which can't know what belongs to one input.
+        """
+        if not self._inputs:
+            raise RuntimeError(
+                f"routing_scope={self.scope} chooses for whole inputs, and a part of the model was called that doesn't "
+                "see them: call the model itself"
+            )
+        if self._scoring:
+            self._add(layer, x, out)
+            return None
+        if self.scope != "two_pass":
+            return self._fitting(self._of_layer(layer, x, out), len(x))
+        if layer.see is not None:
+            scores = cast(Tensor, self.scores)
+            layer.see(scores, *layer.chosen(scores))
+        return self.decided(len(x))
+
+    def decided(self, rows: int) -> Tensor | None:
+        """In ``two_pass``: the weights for so many rows, (rows, T), several for an input's beams; None before."""
+        return None if self._scoring or self.choice is None else self._fitting(self.choice, rows)
+
+    def groups(self, weights: Tensor) -> Groups | None:
+        """See `layers.InputChoice`. In ``two_pass`` they are found once for all layers."""
+        if torch.compiler.is_compiling():
+            return None
+        if self.scope != "two_pass":  # a wait in every layer, on an accelerator
+            return _groups(weights) if weights.device.type == "cpu" else None
+        if self._groups is None or self._groups[0] != len(weights):
+            self._groups = _groups(weights)
+        return self._groups
+
+    @property
+    def inputs(self) -> int:
+        """How many the last call had; 0 before the first."""
+        return self._inputs
+
+    def _fitting(self, weights: Tensor, rows: int) -> Tensor:
+        if rows % len(weights):
+            raise RuntimeError(f"the experts were chosen for {len(weights)} inputs, and a layer got {rows} rows")
+        return weights if rows == len(weights) else weights.repeat_interleave(rows // len(weights), dim=0)
+
+    def _of_layer(self, layer: Routed, x: Tensor, out: Tensor) -> Tensor:
+        if layer in self._kept:
+            return self._kept[layer]
+        of_tokens = layer.scores(x, out)
+        scores = None if of_tokens is None else self._of_inputs(layer, of_tokens)
+        if scores is None:  # without a router: what the others say, if they are heard
+            scores = self.scores if self.scope == "global" else None
+            scores = x.new_zeros(self._inputs, self.experts) if scores is None else scores
+        elif self.scope == "global":
+            scores = self._with_others(scores, layer.layout.score == "relative")
+        self.scores, self._kept[layer] = scores, _shares(scores, self.top_k)
+        if layer.see is not None and of_tokens is not None:
+            layer.see(scores.detach(), *layer.chosen(scores.detach()))
+        return self._kept[layer]
+
+    def _add(self, layer: Routed, x: Tensor, out: Tensor) -> None:
+        of_tokens = layer.scores(x, out) if self.prototypes is None else layer.energies(x)
+        if of_tokens is None:
+            return
+        if self.prototypes is None:
+            self.scores = self._with_others(self._of_inputs(layer, of_tokens), layer.layout.score == "relative")
+        else:
+            self._features.append(self._mean(of_tokens).clamp(min=SMALLEST).log().float())
+
+    def _of_inputs(self, layer: Routed, of_tokens: Tensor) -> Tensor:
+        """Of the tokens' scores, the inputs': (B, T)."""
+        scores = self._mean(of_tokens)
+        return scores.clamp(min=SMALLEST).log() if layer.layout.score == "relative" else scores
+
+    def _with_others(self, scores: Tensor, relative: bool) -> Tensor:
+        """The scores of all layers so far."""
+        self._total = scores if self._total is None else self._total + scores
+        self._layers += 1
+        return self._total if relative else self._total / self._layers
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """The mean over each input's tokens but padding: (…, n) → (B, n)."""
+        if len(values) % self._inputs:
+            raise RuntimeError(f"a layer got {len(values)} rows for {self._inputs} inputs: which are whose?")
+        values = values.reshape(self._inputs, -1, values.shape[-1])
+        if self._mask is None or self._mask.shape != values.shape[:2]:
+            return values.mean(dim=1)
+        mask = self._mask.to(values.device, values.dtype)[..., None]
+        return (values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+    # -- what happens around a call of the model
+
+    def attach(self, model: nn.Module) -> None:
+        """Have this router decide for all routed layers of `model`; it is the submodule ``smile_router`` then."""
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, Routed)}
+        names = list(layers)
+        for layer in layers.values():
+            layer.__dict__["input_choice"] = self  # not as a submodule of each
+        for module in _entrances(model, names):
+            module.register_forward_pre_hook(self._begin, with_kwargs=True)
+            module.register_forward_hook(self._end, always_call=True)
+        setattr(model, ROUTER, self)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._depth:  # a part of the model: the whole has begun
+            self._depth += 1
+            return
+        call = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+        given = {**call.arguments, **call.arguments.get("kwargs", {})}
+        if not (self._inputs and _goes_on(given.get("past_key_values"))):
+            self._forget()
+            self._inputs, self._mask = _count(given), _mask(given.get("attention_mask"))
+            if self.scope == "two_pass":
+                self.score(module, call)
+        self._depth = 1
+
+    def _end(self, *_: Any) -> None:
+        self._depth = max(0, self._depth - 1)
+
+    @torch.no_grad()
+    def score(self, module: nn.Module, call: inspect.BoundArguments) -> None:
+        """Have the pretrained model alone see the inputs, and decide."""
+        for name, value in {"past_key_values": None, "use_cache": False}.items():  # what is in the cache is seen once
+            if name in call.signature.parameters:
+                call.arguments[name] = value
+        self._scoring, self._depth = True, 1
+        try:
+            module.forward(*call.args, **call.kwargs)
+        except BaseException:
+            self._forget()
+            raise
+        self._scoring = False
+        self._decide()
+
+    def _decide(self) -> None:
+        if self.prototypes is not None and self._features:
+            distances = self.prototypes.distances(self.features)
+            self.scores = (-distances / 2).log_softmax(dim=-1)
+            self.choice = _shares(self.scores, self.top_k)
+            if self.refuse:
+                self.choice = self.choice * (distances.amin(dim=-1, keepdim=True) <= self.prototypes.radius)
+            return
+        if self.scores is None:  # no layer has a router
+            self.scores = torch.zeros(self._inputs, self.experts)
+        elif self.baseline is not None:
+            self.scores = (self.scores - self.baseline[0]) / self.baseline[1]
+        self.choice = _shares(self.scores, self.top_k)
+
+    @property
+    def features(self) -> Tensor:
+        """Of the last inputs, what prototypes know them by: (B, 2·T·layers)."""
+        return torch.cat(self._features, dim=-1)
+
+
+def _shares(scores: Tensor, top_k: int) -> Tensor:
+    kept, chosen = scores.topk(top_k, dim=-1)
+    return torch.zeros_like(scores).scatter(-1, chosen, kept.softmax(dim=-1))
+
+
+def _groups(weights: Tensor) -> Groups:
+    used = [(expert, weights[:, expert].nonzero()[:, 0]) for expert in range(weights.shape[1])]
+    return len(weights), [(expert, inputs) for expert, inputs in used if len(inputs)]
+
+
+def _entrances(model: nn.Module, layers: list[str]) -> list[nn.Module]:
+    """The modules through which inputs come in: the model, or an encoder-decoder's encoder, and what it wraps.
+
+    Some callers use only what is wrapped, e.g. the vision model of a vision tower.
+    """
+    start, prefix = model, ""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        encoder = model.get_encoder()
+        name = next(name for name, module in model.named_modules() if module is encoder)
+        if any(layer.startswith(f"{name}.") for layer in layers):
+            start, prefix = encoder, f"{name}."
+    inside = [layer.removeprefix(prefix).split(".")[:-1] for layer in layers if layer.startswith(prefix)]
+    found, current = [start], start
+    for parts in zip(*inside, strict=False):
+        if len(set(parts)) > 1:
+            break
+        current = current.get_submodule(parts[0])
+        if type(current).forward is not nn.Module.forward:  # a list has none
+            found.append(current)
+    return found
+
+
+def _count(given: dict[str, Any]) -> int:
+    return next(len(value) for value in given.values() if isinstance(value, Tensor) and value.ndim)
+
+
+def _mask(mask: Any) -> Tensor | None:
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _goes_on(cache: Any) -> bool:
+    """Whether a call continues an input that was seen: its cache is not empty."""
+    if cache is None:
+        return False
+    return cache.get_seq_length() > 0 if hasattr(cache, "get_seq_length") else len(cache) > 0
