@@ -7,6 +7,7 @@ models.
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .calibration import calibrate
 from .checkpoint import load, save
 from .config import SmileConfig
 from .continual import add_expert, remove_expert
@@ -33,6 +34,7 @@ __all__ = [
     "SmileUpscalingAlgorithm",
     "__version__",
     "add_expert",
+    "calibrate",
     "export_adapters",
     "load",
     "plan_upscaling",

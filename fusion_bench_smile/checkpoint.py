@@ -37,7 +37,10 @@ from .config import SmileConfig
 from .errors import CheckpointError, PlanError
 from .kin import routed_class
 from .layers import Routed, SmileLayout
+from .own import give, owned
+from .prototypes import Prototypes
 from .recipe import MARK, Recipe, model_card
+from .scopes import ROUTER, InputRouter
 from .sources import FilesSource
 
 log = logging.getLogger(__name__)
@@ -50,7 +53,7 @@ class Method(str, Enum):
 
 
 METHOD = Method.SMILE.value
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 COMPANIONS = {".json", ".txt", ".model", ".jinja"}
 PLAIN_FILE, CARD = "smile.json", "README.md"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -65,6 +68,9 @@ class SmileSection(QuantizationConfigMixin):
         experts: the experts' names, in the order of the layouts.
         options: the options it was built with (`SmileConfig.to_dict`).
         recipe: what it was made of (`Recipe.to_dict`).
+        router: what decides for whole inputs beside scope and options: ``baseline``, whether there is one, and
+            ``prototypes``, their number of features and directions.
+        own: module → its parameters that experts own.
     """
 
     def __init__(
@@ -73,6 +79,8 @@ class SmileSection(QuantizationConfigMixin):
         experts: list[str] | None = None,
         options: dict[str, Any] | None = None,
         recipe: dict[str, Any] | None = None,
+        router: dict[str, Any] | None = None,
+        own: dict[str, list[str]] | None = None,
         format_version: int = FORMAT_VERSION,
         needs: str = HINT,
         **kwargs: Any,
@@ -82,12 +90,46 @@ class SmileSection(QuantizationConfigMixin):
         self.experts = experts or []
         self.options = options or {}
         self.recipe = recipe or {}
+        self.router = router or {}
+        self.own = own or {}
         self.format_version = format_version
         self.needs = needs
 
     @property
     def layouts(self) -> dict[str, SmileLayout]:
         return {name: SmileLayout.from_dict(values) for name, values in self.layers.items()}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Give a pretrained model the layers, the router and the parameters that this describes, all zero.
+
+        Raises:
+            CheckpointError: if the model has no such layer.
+        """
+        for name, layout in self.layouts.items():
+            try:
+                plain = model.get_submodule(name)
+            except AttributeError:
+                config = getattr(model, "config", None)
+                wanted = ", ".join(getattr(config, "architectures", None) or ["the class it was saved from"])
+                raise CheckpointError(
+                    f"{type(model).__name__} has no layer {name}; load this checkpoint with {wanted}"
+                ) from None
+            model.set_submodule(name, routed_class(plain).around(plain, layout))
+        options = SmileConfig.recorded(self.options)
+        if options.routing_scope == "token":
+            return
+        count = len(self.experts)
+        router = InputRouter(options.routing_scope, count, options.top_k, options.refuse_unknown)
+        if self.router.get("baseline"):
+            router.set_baseline(torch.zeros(2, count))
+        if self.router.get("prototypes"):
+            router.prototypes = Prototypes(count, *self.router["prototypes"])
+        router.attach(model)
+        for name, parameters in self.own.items():
+            module = model.get_submodule(name)
+            shapes = {parameter: getattr(module, parameter) for parameter in parameters}
+            zeros = {parameter: value.new_zeros(count, *value.shape) for parameter, value in shapes.items()}
+            give(module, router, zeros)
 
 
 class SmileLoader(HfQuantizer):
@@ -100,15 +142,7 @@ class SmileLoader(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         section = cast(SmileSection, self.quantization_config)
-        for name, layout in section.layouts.items():
-            try:
-                plain = model.get_submodule(name)
-            except AttributeError:
-                wanted = ", ".join(model.config.architectures or ["the class it was saved from"])
-                raise CheckpointError(
-                    f"{type(model).__name__} has no layer {name}; load this checkpoint with {wanted}"
-                ) from None
-            model.set_submodule(name, routed_class(plain).around(plain, layout))
+        section.prepare(model)
         folder = Path(getattr(model.config, "_name_or_path", "") or "")
         if folder.is_dir():
             check_tensors(folder, _required_shapes(model))
@@ -144,6 +178,12 @@ def describe(model: nn.Module, config: SmileConfig, recipe: Recipe) -> None:
     """Write down in an upscaled model what it is, so that saving it needs nothing else."""
     layers = {n: m.layout.to_dict() for n, m in model.named_modules() if isinstance(m, Routed)}
     section = make_section(layers, config, recipe)
+    router = getattr(model, ROUTER, None)
+    if isinstance(router, InputRouter):
+        of = router.prototypes
+        shape = None if of is None else [len(of.scale), len(of.variances)]
+        section.router = {"baseline": router.baseline is not None, "prototypes": shape}
+        section.own = owned(model)
     if isinstance(model, PreTrainedModel):
         model.config.quantization_config = section
         _save_atomically(model)
@@ -253,9 +293,7 @@ def load(path: str | os.PathLike[str], pretrained: nn.Module | None = None) -> n
     if pretrained is None:
         raise CheckpointError(f"{folder} holds no transformers model: give the pretrained model it was built from")
     model = deepcopy(pretrained)
-    for layer, layout in section.layouts.items():
-        plain = model.get_submodule(layer)
-        model.set_submodule(layer, routed_class(plain).around(plain, layout))
+    section.prepare(model)
     check_tensors(folder, {name: tuple(tensor.shape) for name, tensor in model.named_parameters()})
     load_safetensors(model, folder / "model.safetensors")
     model.smile_section = section  # type: ignore[assignment]

@@ -9,8 +9,17 @@ from typing import Any, get_args
 
 import torch
 
+from .budget import Allocation
 from .errors import ConfigError
-from .layers import Execution
+from .layers import Execution, Score, Storage
+from .own import ExpertParameters
+from .scopes import Scope
+
+CHOICES: dict[str, Any] = {
+    "execution": Execution, "routing_scope": Scope, "routing_score": Score, "expert_parameters": ExpertParameters,
+    "allocation": Allocation, "storage": Storage,
+}  # fmt: skip
+FLAGS = ("noise_baseline", "refuse_unknown")
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,20 @@ class SmileConfig:
         target_modules: name patterns (``fnmatch``) of the linear layers to upscale; None upscales all.
         exclude_modules: name patterns of linear layers to leave as pretrained.
         execution: how the routed layers are computed: ``"auto"``, ``"grouped"`` or ``"masked"``; see `layers`.
+        routing_scope: what shares one choice of experts: every ``"token"`` of every layer has its own (the paper), a
+            ``"sequence"`` has one for each layer, a ``"global"`` one goes by all layers so far, and in ``"two_pass"``
+            the pretrained model sees the input first, which then has one choice for all layers; see `scopes`.
+        routing_score: what says how well an expert fits: ``"norm"`` (the paper), ``"weighted"``, ``"relative"`` or
+            ``"output"``; see `layers.Routed.scores`.
+        noise_baseline: compare each expert's score with what random inputs get (needs ``two_pass``): for LoRA experts,
+            some of which score high whatever the input.
+        expert_parameters: what of an expert is used: its ``"layers"``, its ``"norms"`` too, or ``"all"``, embeddings
+            included (needs ``two_pass``).
+        refuse_unknown: give the pretrained model to inputs that are like no task's (needs calibration, see `calibrate`).
+        param_ratio: choose ranks, up to k, so that the result has at most so many times the pretrained model's
+            parameters; None takes k everywhere.
+        allocation: which ranks a `param_ratio` buys: ``"uniform"``, ``"energy"`` or ``"gain"``; see `budget.allocate`.
+        storage: of the experts' factors: the ``"same"`` dtype as the model's, or ``"int8"``.
         device: where the factors are computed: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, …
         upscaling_accelerator: the same under the framework's second name; if set, it wins over `device`.
         full_matrices: accepted for commands written for the framework's SMILE; square U and V are never formed, and
@@ -46,6 +69,14 @@ class SmileConfig:
     target_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] = field(default=())
     execution: Execution = "auto"
+    routing_scope: Scope = "token"
+    routing_score: Score = "norm"
+    noise_baseline: bool = False
+    expert_parameters: ExpertParameters = "layers"
+    refuse_unknown: bool = False
+    param_ratio: float | None = None
+    allocation: Allocation = "uniform"
+    storage: Storage = "same"
     device: str = "auto"
     upscaling_accelerator: str | None = None
     full_matrices: bool = False
@@ -55,7 +86,7 @@ class SmileConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ConfigError(f"{name}={value!r} is not a whole number")
-        for name in ("routing_use_diff", "average_experts", "convolutions", "full_matrices"):
+        for name in ("routing_use_diff", "average_experts", "convolutions", "full_matrices", *FLAGS):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not true or false")
         if self.gate_k < 1:
@@ -64,8 +95,10 @@ class SmileConfig:
             raise ConfigError(f"k={self.k}: an expert needs a rank of at least 1, or −1 to stay dense")
         if self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k}: at least 1 expert must serve each token")
-        if self.execution not in get_args(Execution):
-            raise ConfigError(f"execution={self.execution!r} is not one of {', '.join(get_args(Execution))}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in get_args(choices):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
+        self._check_combinations()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -75,6 +108,33 @@ class SmileConfig:
         if self.exclude_modules is None:
             object.__setattr__(self, "exclude_modules", ())
         self.compute_device  # noqa: B018  an impossible device is refused here, before any model is loaded
+
+    def _check_combinations(self) -> None:
+        for name, plain in {"noise_baseline": False, "expert_parameters": "layers", "refuse_unknown": False}.items():
+            if getattr(self, name) != plain and self.routing_scope != "two_pass":
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} needs routing_scope=two_pass, where one choice is known before the "
+                    f"first layer; it is {self.routing_scope}"
+                )
+        if self.average_experts and self.expert_parameters != "layers":
+            raise ConfigError(
+                f"average_experts=true and expert_parameters={self.expert_parameters} exclude each other: norms are "
+                "either averaged, or each expert's own"
+            )
+        if self.param_ratio is None:
+            return
+        if (
+            isinstance(self.param_ratio, bool)
+            or not isinstance(self.param_ratio, (int, float))
+            or self.param_ratio <= 1
+        ):
+            raise ConfigError(
+                f"param_ratio={self.param_ratio!r}: it needs a number above 1, or null to take k everywhere"
+            )
+        if self.k == -1:
+            raise ConfigError("param_ratio chooses ranks up to k; with k=-1 there are none, experts stay dense")
+        if self.gate_k > self.k and self.routing_use_diff:
+            raise ConfigError(f"gate_k={self.gate_k} is above k={self.k}, up to which param_ratio chooses ranks")
 
     @property
     def compute_device(self) -> torch.device:
@@ -98,6 +158,11 @@ class SmileConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def recorded(cls, options: Mapping[str, Any]) -> SmileConfig:
+        """The options that a checkpoint was built with; where it was factored then says nothing about this machine."""
+        return cls.from_dict({**options, "device": "auto", "upscaling_accelerator": None})
 
     @classmethod
     def given(cls, config: SmileConfig | None, options: Mapping[str, Any]) -> SmileConfig:

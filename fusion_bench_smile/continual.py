@@ -14,13 +14,15 @@ from .config import SmileConfig
 from .errors import PlanError
 from .kin import plain_kind
 from .layers import DENSE, Routed
+from .own import disown
 from .parts import ExpertPart, Factorer
 from .plan import make_plan
 from .recipe import Recipe
+from .scopes import detach
 from .sharing import Share
 from .sources import Openable
 from .stack import Stack
-from .upscale import Taken, replace_layers, take_in
+from .upscale import Taken, put_router, replace_layers, take_in
 
 Parts = dict[str, list[ExpertPart]]
 
@@ -52,6 +54,7 @@ def add_expert(model: nn.Module, expert: Openable, name: str) -> nn.Module:
     take_in(plan, pretrained, {name: expert}, factorer, Share(), taken)
     recipe = replace_layers(pretrained, plan, taken, Share(), config, (*names, name))
     recipe.sources |= known.sources
+    put_router(pretrained, config, len(recipe.sources))
     describe(pretrained, config, recipe)
     return pretrained
 
@@ -83,14 +86,24 @@ def remove_expert(model: nn.Module, name: str) -> nn.Module:
     others = [names[number] for number in left]
     recipe = replace_layers(pretrained, plan, taken, Share(), config, others)
     recipe.sources |= {other: known.sources[other] for other in others if other in known.sources}
+    put_router(pretrained, config, len(recipe.sources))
     describe(pretrained, config, recipe)
     return pretrained
 
 
 def _recorded(model: nn.Module) -> tuple[list[str], SmileConfig, Recipe]:
     section = section_of(model)
-    # where it was factored then says nothing about this machine
-    config = SmileConfig.from_dict({**section.options, "device": "auto", "upscaling_accelerator": None})
+    config = SmileConfig.recorded(section.options)
+    fixed = {
+        "param_ratio": config.param_ratio is not None,
+        "expert_parameters": config.expert_parameters != "layers",
+        "calibration": section.router.get("prototypes") is not None,
+        "noise_baseline": config.noise_baseline,
+    }
+    for name in (name for name, is_set in fixed.items() if is_set):
+        raise PlanError(
+            f"the experts of a model with {name} can't be changed, it is made for all of them: build it anew"
+        )
     if config.average_experts:
         raise PlanError("the experts of a model with average_experts=true can't be changed: build it anew")
     return section.experts, config, Recipe.from_dict(section.recipe)
@@ -99,6 +112,8 @@ def _recorded(model: nn.Module) -> tuple[list[str], SmileConfig, Recipe]:
 def taken_apart(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Parts]:
     """A copy of the pretrained model inside an upscaled one, and the experts' parts of its routed layers."""
     model = deepcopy(model)
+    detach(model)
+    disown(model)
     plain: dict[nn.Module, nn.Module] = {}
     parts = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .layers import Routed
 from .scopes import InputRouter
 
 ExpertParameters = Literal["layers", "norms", "all"]
@@ -114,3 +115,30 @@ def _chosen(module: nn.Module, name: str, weights: Tensor, out: Tensor) -> Tenso
     if own is None:
         return None
     return (weights.to(own.dtype) @ own).view(len(out), *[1] * (out.ndim - 2), -1).to(out.dtype)
+
+
+def own_names(model: nn.Module, which: ExpertParameters) -> dict[str, tuple[str, str]]:
+    """Of the parameters that can be an expert's own: name in the state dict → module, parameter."""
+    modules = {name: module for name, module in model.named_modules() if can_own(module, which)}
+    return {f"{m}.{p}": (m, p) for m, module in modules.items() for p, _ in module.named_parameters(recurse=False)}
+
+
+def owned(model: nn.Module) -> dict[str, list[str]]:
+    """What experts own in a model: module → its parameters."""
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        mine = [p.removeprefix(PREFIX) for p in module._parameters if p in (f"{PREFIX}weight", f"{PREFIX}bias")]
+        if mine and not isinstance(module, Routed):
+            found[name] = mine
+    return found
+
+
+def disown(model: nn.Module) -> None:
+    """Take the experts' own parameters away."""
+    for name, parameters in owned(model).items():
+        module = model.get_submodule(name)
+        for parameter in parameters:
+            del module._parameters[PREFIX + parameter]
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, (_Norm, _Embedding)):
+                del module._forward_hooks[key]

@@ -26,12 +26,14 @@ class Recipe:
         energy: upscaled layer → for each expert the part of ‖ΔW‖² that its rank keeps.
         sources: expert → a hash of the weights (or LoRA factors) that it was made of, in the upscaled layers.
         parameters: of the pretrained model, and of the upscaled one.
+        calibrated: how many of these calibration added.
         versions: package → version.
     """
 
     energy: dict[str, list[float]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     parameters: tuple[int, int] = (0, 0)
+    calibrated: int = 0
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in PACKAGES})
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ an encoder-decoder's is made by its encoder.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -56,6 +57,10 @@ class InputRouter(nn.Module):
         self.register_parameter("baseline", None)
         self._forget()
 
+    def set_baseline(self, values: Tensor) -> None:
+        """Compare scores with these: mean and deviation, (2, T)."""
+        self.baseline = nn.Parameter(values, requires_grad=False)
+
     def _forget(self) -> None:
         self.scores: Tensor | None = None
         self.choice: Tensor | None = None
@@ -63,6 +68,7 @@ class InputRouter(nn.Module):
         self._inputs = 0
         self._mask: Tensor | None = None
         self._scoring = False
+        self._describing = self.prototypes is not None
         self._total: Tensor | None = None
         self._layers = 0
         self._features: list[Tensor] = []
@@ -132,10 +138,10 @@ class InputRouter(nn.Module):
         return self._kept[layer]
 
     def _add(self, layer: Routed, x: Tensor, out: Tensor) -> None:
-        of_tokens = layer.scores(x, out) if self.prototypes is None else layer.energies(x)
+        of_tokens = layer.scores(x, out) if not self._describing else layer.energies(x)
         if of_tokens is None:
             return
-        if self.prototypes is None:
+        if not self._describing:
             self.scores = self._with_others(self._of_inputs(layer, of_tokens), layer.layout.score == "relative")
         else:
             self._features.append(self._mean(of_tokens).clamp(min=SMALLEST).log().float())
@@ -165,11 +171,10 @@ class InputRouter(nn.Module):
 
     def attach(self, model: nn.Module) -> None:
         """Have this router decide for all routed layers of `model`; it is the submodule ``smile_router`` then."""
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, Routed)}
-        names = list(layers)
-        for layer in layers.values():
-            layer.__dict__["input_choice"] = self  # not as a submodule of each
-        for module in _entrances(model, names):
+        for layer in model.modules():
+            if isinstance(layer, Routed):
+                layer.__dict__["input_choice"] = self  # not as a submodule of each
+        for module in entrances(model):
             module.register_forward_pre_hook(self._begin, with_kwargs=True)
             module.register_forward_hook(self._end, always_call=True)
         setattr(model, ROUTER, self)
@@ -190,6 +195,22 @@ class InputRouter(nn.Module):
     def _end(self, *_: Any) -> None:
         self._depth = max(0, self._depth - 1)
 
+    def scores_of(self, module: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """The scores of inputs, keyword arguments of an entrance of the model: (B, T). Only in ``two_pass``."""
+        self._look_at(module, inputs, describing=False)
+        return cast(Tensor, self.scores)
+
+    def features_of(self, module: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """What prototypes know inputs by: (B, 2·T·layers), logarithms of shares of energy."""
+        self._look_at(module, inputs, describing=True)
+        return self.features
+
+    def _look_at(self, module: nn.Module, inputs: Mapping[str, Any], describing: bool) -> None:
+        self._forget()
+        self._inputs, self._mask, self._describing = _count(inputs), _mask(inputs.get("attention_mask")), describing
+        self.score(module, inspect.signature(module.forward).bind_partial(**inputs))
+        self._depth = 0
+
     @torch.no_grad()
     def score(self, module: nn.Module, call: inspect.BoundArguments) -> None:
         """Have the pretrained model alone see the inputs, and decide."""
@@ -206,18 +227,16 @@ class InputRouter(nn.Module):
         self._decide()
 
     def _decide(self) -> None:
-        if self.prototypes is not None and self._features:
-            distances = self.prototypes.distances(self.features)
+        distances = self.prototypes.distances(self.features) if self.prototypes is not None and self._features else None
+        if distances is not None:
             self.scores = (-distances / 2).log_softmax(dim=-1)
-            self.choice = _shares(self.scores, self.top_k)
-            if self.refuse:
-                self.choice = self.choice * (distances.amin(dim=-1, keepdim=True) <= self.prototypes.radius)
-            return
-        if self.scores is None:  # no layer has a router
+        elif self.scores is None:  # no layer has a router
             self.scores = torch.zeros(self._inputs, self.experts)
         elif self.baseline is not None:
             self.scores = (self.scores - self.baseline[0]) / self.baseline[1]
         self.choice = _shares(self.scores, self.top_k)
+        if self.refuse and self.prototypes is not None and distances is not None:
+            self.choice = self.choice * (distances.amin(dim=-1, keepdim=True) <= self.prototypes.radius)
 
     @property
     def features(self) -> Tensor:
@@ -235,11 +254,23 @@ def _groups(weights: Tensor) -> Groups:
     return len(weights), [(expert, inputs) for expert, inputs in used if len(inputs)]
 
 
-def _entrances(model: nn.Module, layers: list[str]) -> list[nn.Module]:
+def detach(model: nn.Module) -> None:
+    """Take the router of `model` away; its layers have none then."""
+    for module in model.modules():
+        module.__dict__.pop("input_choice", None)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), InputRouter):
+                    del hooks[key]  # type: ignore[attr-defined]
+    model._modules.pop(ROUTER, None)
+
+
+def entrances(model: nn.Module) -> list[nn.Module]:
     """The modules through which inputs come in: the model, or an encoder-decoder's encoder, and what it wraps.
 
     Some callers use only what is wrapped, e.g. the vision model of a vision tower.
     """
+    layers = [name for name, module in model.named_modules() if isinstance(module, Routed)]
     start, prefix = model, ""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         encoder = model.get_encoder()
@@ -257,7 +288,7 @@ def _entrances(model: nn.Module, layers: list[str]) -> list[nn.Module]:
     return found
 
 
-def _count(given: dict[str, Any]) -> int:
+def _count(given: Mapping[str, Any]) -> int:
     return next(len(value) for value in given.values() if isinstance(value, Tensor) and value.ndim)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import SmileConfig
-from .layers import SmileLayout
+from .layers import ROWS, SmileLayout
 from .parts import ExpertPart
-
-ROWS = ("gate", "down", "up", "dense")  # each has one expert's rows after the other's
 
 
 class Stack:
@@ -89,7 +88,51 @@ class Stack:
             shared_router=config.routing_use_diff,
             expert_bias=any(bias is not None for bias in self._biases),
             execution=config.execution,
+            score=config.routing_score,
+            storage=config.storage,
         )
+
+    def energies_of_directions(self) -> tuple[tuple[float, ...], ...]:
+        """For each expert the squared singular values of its directions, in descending order."""
+        if "up" not in self._room:
+            return ((),) * len(self.ranks)
+        squares = self._tensor("up").double().square().sum(dim=1).cpu()
+        return tuple(tuple(of_expert.tolist()) for of_expert in squares.split([max(rank, 0) for rank in self.ranks]))
+
+    def truncated(self, ranks: Sequence[int], shared: bool) -> Stack:
+        """A copy with these ranks, none larger than before, nor smaller than its expert's shared router rows."""
+        layout = SmileLayout(tuple(self.ranks), tuple(self.gate_ranks), shared_router=shared)
+        sizes = {"gate": layout.gate_ranks, "down": layout.down_rows, "up": layout.low_ranks}
+        rows: dict[str, Any] = {
+            name: self._tensor(name).split(list(sizes[name])) for name in sizes if name in self._room
+        }
+        smaller = Stack(len(ranks))
+        for expert, rank in enumerate(ranks):
+            squares = rows["up"][expert].double().square().sum(dim=1) if "up" in rows else torch.zeros(1)
+            kept = float(squares[:rank].sum() / squares.sum()) if squares.sum() > 0 else 1.0
+            keep = {
+                "gate": layout.gate_ranks[expert],
+                "down": rank - min(rank, layout.shared_ranks[expert]),
+                "up": rank,
+            }
+            parts = {name: rows[name][expert][: keep[name]] if name in rows else None for name in sizes}
+            smaller.add(
+                ExpertPart(
+                    rank=rank,
+                    gate_rank=self.gate_ranks[expert],
+                    bias=self._biases[expert],
+                    energy=self.energies[expert] * kept,
+                    made_of=self.made_of[expert],
+                    **parts,
+                )
+            )
+        return smaller
+
+    @property
+    def bias_parameters(self) -> int:
+        """What the experts' biases take: a row for each expert, if any has one."""
+        some = next((bias for bias in self._biases if bias is not None), None)
+        return 0 if some is None else some.numel() * len(self._biases)
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """What the routed layer holds beside weight and bias, each name only where it is needed."""

@@ -16,12 +16,13 @@ from transformers import AutoConfig, PreTrainedModel
 
 from .checkpoint import architecture, copy_companions, is_tied, make_section, replaced_folder, write_card
 from .config import SmileConfig
-from .errors import PlanError
+from .errors import ConfigError, PlanError
 from .parts import Base, Factorer, Job
 from .plan import LayerPlan, Plan, check_expert, check_finite, make_plan
 from .recipe import Recording
 from .sources import INDEX, FilesSource, Openable, Source, tied_names
 from .stack import Stack
+from .storage import as_stored
 from .store import FactorStore
 from .upscale import open_all
 
@@ -54,6 +55,7 @@ def upscale_to_folder(
         CheckpointError: if nothing can be written to `folder`.
     """
     config = SmileConfig.given(config, options)
+    _check_streams(config)
     pretrained = Path(pretrained)
     model = _skeleton(pretrained)
     plan = make_plan(model, len(experts), config)
@@ -81,6 +83,17 @@ def upscale_to_folder(
         settings.save_pretrained(scratch)
         write_card(section, Path(folder), scratch, getattr(settings, "_name_or_path", ""))
     log.info("wrote %d upscaled layers into %s, %d files", len(layers), folder, len(shards.files))
+
+
+def _check_streams(config: SmileConfig) -> None:
+    """Refuse options that need the whole model, or all experts' spectra, at once."""
+    held = {
+        "param_ratio": config.param_ratio is not None,
+        "expert_parameters": config.expert_parameters != "layers",
+        "noise_baseline": config.noise_baseline,
+    }
+    for name in (name for name, is_set in held.items() if is_set):
+        raise ConfigError(f"{name}={getattr(config, name)} needs the whole model in memory: use upscale and save")
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:
@@ -130,7 +143,7 @@ def _routed(
 ) -> Iterator[tuple[str, Tensor]]:
     jobs = [Job(layer, base, source, f"expert {name!r}") for name, source in experts.items()]
     stack = Stack(len(jobs), *factorer.parts(jobs))
-    tensors = stack.tensors(base.weight.device)
+    tensors = as_stored(stack.tensors(base.weight.device), factorer.config.storage)
     recording.add(layer.name, stack, tensors.values())
     if stack.changes_nothing:
         return

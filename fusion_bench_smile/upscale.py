@@ -13,17 +13,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .budget import LayerSpectra, allocate, describe_ranks
 from .checkpoint import describe
 from .config import SmileConfig
-from .errors import PlanError
+from .errors import ConfigError, PlanError
 from .kin import routed_class
 from .layers import Routed, SmileLayout
+from .noise import measure_baseline
+from .own import give, own_names
 from .parts import Base, Factorer, Job
 from .plan import Plan, check_expert, check_finite, make_plan
 from .recipe import Recipe, Recording
+from .scopes import InputRouter
 from .sharing import Share
 from .sources import Openable, Source, StateSource, open_source, tied_names
 from .stack import Stack
+from .storage import as_stored
 from .store import FactorStore
 
 log = logging.getLogger(__name__)
@@ -81,8 +86,15 @@ def upscale(
         error = problem
     share.agree(error)
     upscaled = pretrained if in_place else deepcopy(pretrained)
+    own = own_differences(pretrained, share.exchange(taken.own)[0], len(named))
+    if config.param_ratio is not None:
+        fit_ranks(plan, pretrained, taken, share, config, _number(own, len(named), config))
+        share = Share()
     recipe = replace_layers(upscaled, plan, taken, share, config, tuple(named))
     _set_averages(upscaled, share.exchange(taken.sums)[0], len(named))
+    put_router(upscaled, config, len(named), own)
+    before, after = recipe.parameters
+    recipe.parameters = (before, after + _number(own, len(named), config))
     describe(upscaled, config, recipe)
     _log_summary(plan, taken, factorer, recipe, time.perf_counter() - began)
     return upscaled
@@ -98,11 +110,13 @@ class Taken:
 
     Attributes:
         stacks: layer → what the experts add to it, in their order.
+        own: tensor that can be an expert's own → number of the expert that changed it → by how much.
         sums: of the tensors to be averaged.
         differing: names of tensors in no upscaled layer that some expert changed.
     """
 
     stacks: dict[str, Stack] = field(default_factory=dict)
+    own: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
     differing: set[str] = field(default_factory=set)
 
@@ -123,11 +137,13 @@ def take_in(
     modules = {layer.name: cast(nn.Linear, pretrained.get_submodule(layer.name)) for layer in plan.layers}
     bases = {name: Base.of(module, module.weight, module.bias) for name, module in modules.items()}
     takes = share.takes([layer.work for _ in experts for layer in plan.layers])
-    own, done = iter(takes), 0
-    for name, expert in experts.items():
-        mine = [layer for layer, is_mine in zip(plan.layers, own, strict=False) if is_mine]
+    turns, done = iter(takes), 0
+    own = own_names(pretrained, factorer.config.expert_parameters)
+    for number, (name, expert) in enumerate(experts.items()):
+        mine = [layer for layer, is_mine in zip(plan.layers, turns, strict=False) if is_mine]
         averages = factorer.config.average_experts and share.rank == 0  # one process adds up, in a fixed order
-        if not mine and not averages:
+        owns = own.keys() if share.rank == 0 else ()
+        if not mine and not averages and not owns:
             continue
         source = opened.pop(name)  # dropped, with what it has mapped, when the next one is begun
         if source is None:
@@ -141,6 +157,11 @@ def take_in(
             if on_item:
                 on_item(done, sum(takes))
         _take_rest(plan, base, source, f"expert {name!r}", taken, averages)
+        for tensor in (tensor for tensor in owns if tensor in plan.rest and not source.is_base(tensor)):
+            start = base.read(tensor)
+            difference = source.read(tensor).to(start) - start
+            if difference.any():
+                taken.own.setdefault(tensor, {})[number] = difference
 
 
 def open_all(
@@ -196,7 +217,7 @@ def replace_layers(
         stack, *others = share.exchange(taken.stacks.pop(planned.name, Stack(plan.num_experts)))
         for other in others:
             stack.extend(other)
-        tensors = stack.tensors(cast(Tensor, layer.weight).device)
+        tensors = as_stored(stack.tensors(cast(Tensor, layer.weight).device), config.storage)
         recording.add(planned.name, stack, tensors.values())
         if not stack.changes_nothing:
             replaced[layer] = build_layer(layer, stack.layout(config), tensors)
@@ -210,8 +231,91 @@ def build_layer(base: nn.Module, layout: SmileLayout, tensors: Mapping[str, Tens
     """A routed layer around the pretrained one."""
     layer = routed_class(base).around(base, layout, device="meta")
     for name, value in tensors.items():
-        setattr(layer, name, nn.Parameter(value, requires_grad=layer.weight.requires_grad))
+        trained = layer.weight.requires_grad and value.is_floating_point()
+        setattr(layer, name, nn.Parameter(value, requires_grad=trained))
     return layer
+
+
+def own_differences(
+    model: nn.Module, found: Mapping[str, Mapping[int, Tensor]], experts: int
+) -> dict[str, dict[str, Tensor]]:
+    """What experts own: module → parameter → by how much each changed it, (T, …)."""
+    own: dict[str, dict[str, Tensor]] = {}
+    for name, changes in found.items():
+        module, _, parameter = name.rpartition(".")
+        some = cast(Tensor, getattr(model.get_submodule(module), parameter))
+        rows = [changes[number] if number in changes else torch.zeros_like(some) for number in range(experts)]
+        own.setdefault(module, {})[parameter] = torch.stack([row.to(some.device) for row in rows])
+    return own
+
+
+def put_router(
+    model: nn.Module, config: SmileConfig, experts: int, own: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> None:
+    """Give an upscaled model what decides for whole inputs, unless every token is decided for."""
+    if config.routing_scope == "token":
+        return
+    router = InputRouter(config.routing_scope, experts, config.top_k, config.refuse_unknown)
+    router.attach(model)
+    if config.noise_baseline:
+        router.set_baseline(measure_baseline(model, router))
+    for module, values in (own or {}).items():
+        give(model.get_submodule(module), router, values)
+
+
+def fit_ranks(
+    plan: Plan, pretrained: nn.Module, taken: Taken, share: Share, config: SmileConfig, reserved: int
+) -> None:
+    """Put stacks of all experts, with the ranks that the budget allows, into `taken`.
+
+    Args:
+        reserved: parameters that are needed beside the layers.
+
+    Raises:
+        ConfigError: if the budget is too small for the router rows; it names the largest `gate_k` that fits.
+    """
+    assert config.param_ratio is not None
+    shared, spectra = config.routing_use_diff, []
+    for planned in plan.layers:
+        stack, *others = share.exchange(taken.stacks.pop(planned.name, Stack(plan.num_experts)))
+        for other in others:
+            stack.extend(other)
+        taken.stacks[planned.name] = stack
+        weight = cast(Tensor, pretrained.get_submodule(planned.name).weight)
+        spectra.append(
+            LayerSpectra(
+                planned.name,
+                planned.in_features,
+                planned.out_features,
+                stack.energies_of_directions(),
+                tuple(stack.gate_ranks),
+                shared,
+                float(weight.double().square().sum()),
+                stack.bias_parameters,
+            )
+        )
+    budget = int(plan.parameters * (config.param_ratio - 1)) - reserved
+    try:
+        ranks = allocate(spectra, budget, config.allocation)
+    except ConfigError as error:
+        least = 1 + (sum(layer.fixed for layer in spectra) + reserved) / plan.parameters
+        raise ConfigError(
+            f"param_ratio={config.param_ratio} is too little for the router rows alone, {error}: gate_k={config.gate_k} "
+            f"needs {least:.3f}; lower gate_k, or raise param_ratio"
+        ) from None
+    for line in describe_ranks(spectra, ranks):
+        log.debug("%s", line)
+    for planned, of_layer in zip(plan.layers, ranks, strict=True):
+        taken.stacks[planned.name] = taken.stacks[planned.name].truncated(of_layer, shared)
+    every = torch.tensor([rank for of_layer in ranks for rank in of_layer], dtype=torch.float)
+    log.info("ranks by %s: %d to %d, mean %.1f", config.allocation, every.min(), every.max(), every.mean())
+
+
+def _number(own: Mapping[str, Mapping[str, Tensor]], experts: int, config: SmileConfig) -> int:
+    """Parameters of the result beside its layers."""
+    return sum(value.numel() for values in own.values() for value in values.values()) + (
+        2 * experts if config.noise_baseline else 0
+    )
 
 
 def _set_averages(model: nn.Module, sums: Mapping[str, Tensor], count: int) -> None:

@@ -1,0 +1,61 @@
+"""What an expert scores of inputs that belong to nobody: random ones, for which no data is needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .errors import PlanError
+from .scopes import InputRouter, entrances
+
+INPUTS, BATCH, TOKENS = 256, 32, 32
+
+
+@torch.no_grad()
+def measure_baseline(model: nn.Module, router: InputRouter) -> Tensor:
+    """Mean and deviation of the experts' scores of random inputs: (2, T), float32. The same every time.
+
+    Raises:
+        PlanError: for a model whose inputs are neither tokens nor images.
+    """
+    entrance, generator = entrances(model)[0], torch.Generator().manual_seed(0)
+    training = model.training
+    model.eval()
+    try:
+        scores = [router.scores_of(entrance, random_inputs(model, BATCH, generator)) for _ in range(0, INPUTS, BATCH)]
+    finally:
+        model.train(training)
+    everything = torch.cat(scores).float()
+    return torch.stack([everything.mean(dim=0), everything.std(dim=0).clamp(min=1e-6)])
+
+
+def random_inputs(model: nn.Module, count: int, generator: torch.Generator) -> dict[str, Any]:
+    """Arguments of the model: tokens, all as likely, or images whose spectrum falls with the frequency, as pictures' do.
+
+    Raises:
+        PlanError: for a model that takes neither.
+    """
+    config = getattr(model, "config", None)
+    kind = getattr(model, "main_input_name", None) if isinstance(model, PreTrainedModel) else None
+    device = next(model.parameters()).device
+    if kind == "input_ids" and hasattr(config, "vocab_size"):
+        ids = torch.randint(config.vocab_size, (count, TOKENS), generator=generator).to(device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if kind == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
+        size, channels = config.image_size, getattr(config, "num_channels", 3)
+        return {kind: _pictures((count, channels, size, size), generator).to(device, next(model.parameters()).dtype)}
+    raise PlanError(
+        f"noise_baseline: random inputs are known for models of tokens (input_ids) or images (pixel_values), and "
+        f"{type(model).__name__} takes {kind or 'others'}; use noise_baseline=false"
+    )
+
+
+def _pictures(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
+    frequencies = torch.fft.fftfreq(shape[-1]).square()
+    radius = (frequencies[:, None] + frequencies).sqrt()
+    radius[0, 0] = 1 / shape[-1]
+    pictures = torch.fft.ifft2(torch.fft.fft2(torch.randn(shape, generator=generator)) / radius).real
+    return pictures / pictures.std(dim=(1, 2, 3), keepdim=True)
