@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
@@ -46,7 +47,7 @@ class SmileConfig:
             some of which score high whatever the input.
         expert_parameters: what of an expert is used: its ``"layers"``, its ``"norms"`` too, or ``"all"``, embeddings
             included (needs ``two_pass``).
-        refuse_unknown: give the pretrained model to inputs that are like no task's (needs calibration, see `calibrate`).
+        refuse_unknown: give the pretrained model to inputs that are like no task's (needs `calibrate`).
         param_ratio: choose ranks, up to k, so that the result has at most so many times the pretrained model's
             parameters; None takes k everywhere.
         allocation: which ranks a `param_ratio` buys: ``"uniform"``, ``"energy"`` or ``"gain"``; see `budget.allocate`.
@@ -123,14 +124,9 @@ class SmileConfig:
             )
         if self.param_ratio is None:
             return
-        if (
-            isinstance(self.param_ratio, bool)
-            or not isinstance(self.param_ratio, (int, float))
-            or self.param_ratio <= 1
-        ):
-            raise ConfigError(
-                f"param_ratio={self.param_ratio!r}: it needs a number above 1, or null to take k everywhere"
-            )
+        number = isinstance(self.param_ratio, (int, float)) and not isinstance(self.param_ratio, bool)
+        if not number or not 1 < self.param_ratio < math.inf:
+            raise ConfigError(f"param_ratio={self.param_ratio!r} is not a number above 1, or null to take k everywhere")
         if self.k == -1:
             raise ConfigError("param_ratio chooses ranks up to k; with k=-1 there are none, experts stay dense")
         if self.gate_k > self.k and self.routing_use_diff:

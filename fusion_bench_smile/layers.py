@@ -117,8 +117,8 @@ class Routed(nn.Module):
     - `dense` (D, out, in): the deltas of the dense experts;
     - `expert_bias` (T, out): the bias deltas.
 
-    Rows that are stored as int8 have the factor that each is multiplied with beside them: `gate_scale` (Σ gate_ranks, 1)
-    and so on; `rows` gives them as they are computed with.
+    Rows that are stored as int8 have beside them what each is multiplied with, e.g. `gate_scale` (Σ gate_ranks, 1);
+    `rows` gives them as they are computed with.
 
     out and in are the sides of the weight as a matrix (`matrix`); a token is what that matrix maps.
     """
@@ -353,74 +353,6 @@ class Routed(nn.Module):
         if gate is None or down is None:
             return cast(Tensor, down if gate is None else gate[:shared])
         return torch.cat([gate[:shared], down])
-
-    def _scores(self, x: Tensor, out: Tensor, projected: Tensor) -> Tensor:
-        kind = self.layout.score
-        if kind == "norm":
-            return self._norms(projected)
-        if kind == "relative":
-            return self._norms(projected).square() / self.token_energies(x)
-        values = self.singular_values.to(projected.dtype)
-        if kind == "weighted":
-            return self._norms(projected * self._relative(values))
-        size = torch.linalg.vector_norm(out, dim=-1, keepdim=True, dtype=projected.dtype)
-        return self._norms(projected * values) / size.clamp(min=torch.finfo(size.dtype).tiny)
-
-    def _norms(self, projected: Tensor) -> Tensor:
-        """The norm of each expert's columns of (…, Σ gate_ranks): (…, T)."""
-        gate_ranks = self.layout.gate_ranks
-        if _uniform(gate_ranks):
-            return torch.linalg.vector_norm(projected.unflatten(-1, (len(gate_ranks), gate_ranks[0])), dim=-1)
-        return torch.stack([torch.linalg.vector_norm(p, dim=-1) for p in projected.split(list(gate_ranks), -1)], -1)
-
-    def _relative(self, values: Tensor) -> Tensor:
-        """Singular values over their expert's first one: (Σ gate_ranks,)."""
-        each = values.split(list(self.layout.gate_ranks))
-        return torch.cat([s / s[:1].clamp(min=torch.finfo(s.dtype).tiny) for s in each])
-
-    def token_energies(self, x: Tensor) -> Tensor:
-        """‖x‖² of every token: (…, 1), above zero."""
-        squares = x.to(torch.promote_types(x.dtype, torch.float32)).square()
-        ones = squares.new_ones(1, self.matrix(self.weight).shape[1])
-        return self.project(squares, ones).clamp(min=torch.finfo(squares.dtype).tiny)
-
-    def _by_input(self, x: Tensor, out: Tensor, weights: Tensor, groups: Groups | None) -> Tensor:
-        """`out` (B, …, out) with the experts' part added, each with a weight (B, T) for all tokens of an input."""
-        if groups is None:
-            of_tokens = weights.view(len(weights), *[1] * (out.ndim - 2), -1).expand(*out.shape[:-1], -1)
-            return self._masked(x, out, self._projected(x), of_tokens)
-        for expert, inputs in groups[1]:
-            alone = len(inputs) == len(x)
-            added = self._expert_output(expert, x if alone else x.index_select(0, inputs))
-            if added is None:
-                continue
-            if self.layout.top_k > 1:
-                share = weights[:, expert] if alone else weights[inputs, expert]
-                added = added * share.view(-1, *[1] * (out.ndim - 1)).to(added.dtype)
-            out = out + added if alone else out.index_add_(0, inputs, added.to(out.dtype))
-        return out
-
-    def _expert_output(self, expert: int, x: Tensor) -> Tensor | None:
-        """What one expert adds to all tokens of x: (…, out); None if nothing."""
-        layout = self.layout
-        added: Tensor | None = None
-        dense, up = self.rows("dense", layout.dense_rows, expert), self.rows("up", layout.low_ranks, expert)
-        if dense is not None:
-            added = self.project(x, dense[0])
-        elif up is not None:
-            added = self.project(x, self._directions(expert)) @ up
-        if self.expert_bias is None:
-            return added
-        return self.expert_bias[expert] if added is None else added + self.expert_bias[expert]
-
-    def _directions(self, expert: int) -> Tensor:
-        """The right singular vectors of one expert: (rank, in)."""
-        layout, rows, gate, down = self.layout, [], self.rows("gate"), self.rows("down")
-        if gate is not None and layout.shared_ranks[expert]:
-            rows.append(gate.split(list(layout.gate_ranks))[expert][: layout.shared_ranks[expert]])
-        if down is not None and layout.down_rows[expert]:
-            rows.append(down.split(list(layout.down_rows))[expert])
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _masked(self, x: Tensor, out: Tensor, projected: Tensor | None, weights: Tensor) -> Tensor:
         """`out` with every expert's part added, times its weight for each token (…, T)."""

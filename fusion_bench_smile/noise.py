@@ -33,20 +33,25 @@ def measure_baseline(model: nn.Module, router: InputRouter) -> Tensor:
 
 
 def random_inputs(model: nn.Module, count: int, generator: torch.Generator) -> dict[str, Any]:
-    """Arguments of the model: tokens, all as likely, or images whose spectrum falls with the frequency, as pictures' do.
+    """Arguments of the model: tokens, all as likely, or images whose spectrum falls with the frequency as pictures' do.
 
     Raises:
         PlanError: for a model that takes neither.
     """
-    config = getattr(model, "config", None)
-    kind = getattr(model, "main_input_name", None) if isinstance(model, PreTrainedModel) else None
+    of_transformers = isinstance(model, PreTrainedModel)
+    kind = model.main_input_name if of_transformers else None
+    vocabulary, size = (getattr(getattr(model, "config", None), name, None) for name in ("vocab_size", "image_size"))
     device = next(model.parameters()).device
-    if kind == "input_ids" and hasattr(config, "vocab_size"):
-        ids = torch.randint(config.vocab_size, (count, TOKENS), generator=generator).to(device)
+    if kind == "input_ids" and isinstance(vocabulary, int):
+        ids = torch.randint(vocabulary, (count, TOKENS), generator=generator).to(device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if kind == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
-        size, channels = config.image_size, getattr(config, "num_channels", 3)
-        return {kind: _pictures((count, channels, size, size), generator).to(device, next(model.parameters()).dtype)}
+    if kind == "pixel_values" and isinstance(size, int):
+        channels = getattr(model.config, "num_channels", 3)
+        return {
+            "pixel_values": _pictures((count, channels, size, size), generator).to(
+                device, next(model.parameters()).dtype
+            )
+        }
     raise PlanError(
         f"noise_baseline: random inputs are known for models of tokens (input_ids) or images (pixel_values), and "
         f"{type(model).__name__} takes {kind or 'others'}; use noise_baseline=false"

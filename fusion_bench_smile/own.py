@@ -64,7 +64,7 @@ class _Bare(nn.Module):
 
 
 def give(module: nn.Module, router: InputRouter, values: Mapping[str, Tensor]) -> None:
-    """Have a module use the experts' own parameters, ``weight`` or ``bias`` → differences (T, …), as `router` decides."""
+    """Have a module use the experts' own ``weight`` or ``bias``, given as differences (T, …), as `router` decides."""
     for name, value in values.items():
         module.register_parameter(PREFIX + name, nn.Parameter(value, requires_grad=False))
     hook = _Embedding(router) if isinstance(module, nn.Embedding) else _Norm(router)

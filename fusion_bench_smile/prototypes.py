@@ -1,8 +1,8 @@
 """Calibrated routing: not zero-shot. A few unlabelled inputs of each expert's task say what its inputs look like.
 
-Every task is a prototype in the space of what the pretrained model's layers make of an input: a mean, and one covariance
-for all (linear discriminant analysis). The nearest prototype's expert serves an input; one that is far from all of them
-can be told apart as of no known task. Imports torch alone.
+Every task is a prototype in the space of what the pretrained model's layers make of an input: a mean, and one
+covariance for all (linear discriminant analysis). The nearest prototype's expert serves an input; one that is far from
+all of them can be told apart as of no known task. Imports torch alone.
 """
 
 from __future__ import annotations
@@ -31,6 +31,13 @@ class Prototypes(nn.Module):
     Every tensor is float32, and a parameter that isn't trained.
     """
 
+    mean: Tensor
+    scale: Tensor
+    directions: Tensor
+    rest: Tensor
+    variances: Tensor
+    radius: Tensor
+
     def __init__(self, tasks: int, features: int, directions: int) -> None:
         super().__init__()
         shapes = {
@@ -39,12 +46,6 @@ class Prototypes(nn.Module):
         }  # fmt: skip
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
-
-    @staticmethod
-    def size(tasks: int, features: int, inputs: int) -> int:
-        """How many parameters prototypes have that are fitted to so many inputs."""
-        directions = min(DIRECTIONS, max(0, inputs - tasks), features)
-        return tasks * features + features + directions * features + directions + 2
 
     @classmethod
     @torch.no_grad()
@@ -82,7 +83,3 @@ class Prototypes(nn.Module):
         along = (away @ self.directions.mT).square()
         across = (away.square().sum(-1) - along.sum(-1)).clamp(min=0)
         return (along / self.variances).sum(-1) + across / self.rest
-
-    def log_posteriors(self, features: Tensor) -> Tensor:
-        """The logarithm of each task's probability, were it one of them, and all as frequent: (B, T)."""
-        return (-self.distances(features) / 2).log_softmax(dim=-1)

@@ -261,7 +261,7 @@ def detach(model: nn.Module) -> None:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
                 if isinstance(getattr(hook, "__self__", None), InputRouter):
-                    del hooks[key]  # type: ignore[attr-defined]
+                    del hooks[key]
     model._modules.pop(ROUTER, None)
 
 
@@ -273,7 +273,7 @@ def entrances(model: nn.Module) -> list[nn.Module]:
     layers = [name for name, module in model.named_modules() if isinstance(module, Routed)]
     start, prefix = model, ""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        encoder = model.get_encoder()
+        encoder = model.get_encoder()  # type: ignore[operator]
         name = next(name for name, module in model.named_modules() if module is encoder)
         if any(layer.startswith(f"{name}.") for layer in layers):
             start, prefix = encoder, f"{name}."

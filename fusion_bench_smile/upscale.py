@@ -300,8 +300,8 @@ def fit_ranks(
     except ConfigError as error:
         least = 1 + (sum(layer.fixed for layer in spectra) + reserved) / plan.parameters
         raise ConfigError(
-            f"param_ratio={config.param_ratio} is too little for the router rows alone, {error}: gate_k={config.gate_k} "
-            f"needs {least:.3f}; lower gate_k, or raise param_ratio"
+            f"param_ratio={config.param_ratio} is too little for the router rows alone, {error}: "
+            f"gate_k={config.gate_k} needs {least:.3f}; lower gate_k, or raise param_ratio"
         ) from None
     for line in describe_ranks(spectra, ranks):
         log.debug("%s", line)
