@@ -13,7 +13,7 @@ from .config import SmileConfig
 from .continual import add_expert, remove_expert
 from .errors import CheckpointError, ConfigError, PlanError, SmileError
 from .layers import SmileLinear
-from .routing import record_routing
+from .routing import as_expert, record_routing
 from .store import FactorStore
 from .to_disk import upscale_to_folder
 from .upscale import plan_upscaling, upscale
@@ -34,6 +34,7 @@ __all__ = [
     "SmileUpscalingAlgorithm",
     "__version__",
     "add_expert",
+    "as_expert",
     "calibrate",
     "export_adapters",
     "load",

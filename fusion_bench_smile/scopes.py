@@ -43,6 +43,7 @@ class InputRouter(nn.Module):
         prototypes: if there are some, they decide instead of the scores (``two_pass`` alone).
         baseline: (2, T), mean and deviation of the scores of random inputs, which each expert's are compared with;
             None where they decide as they are.
+        forced: the number of an expert that serves every input, whatever its scores; see `routing.as_expert`.
         scores: what decided for the last inputs, (B, T).
         choice: the weight of each expert for each of the last inputs, (B, T).
     """
@@ -53,6 +54,7 @@ class InputRouter(nn.Module):
     def __init__(self, scope: Scope, experts: int, top_k: int, refuse: bool = False) -> None:
         super().__init__()
         self.scope, self.experts, self.top_k, self.refuse = scope, experts, top_k, refuse
+        self.forced: int | None = None
         self.prototypes = None
         self.register_parameter("baseline", None)
         self._forget()
@@ -91,7 +93,7 @@ class InputRouter(nn.Module):
         if self._scoring:
             self._add(layer, x, out)
             return None
-        if self.scope != "two_pass":
+        if self.scope != "two_pass" and self.forced is None:
             return self._fitting(self._of_layer(layer, x, out), len(x))
         if layer.see is not None:
             scores = cast(Tensor, self.scores)
@@ -106,7 +108,7 @@ class InputRouter(nn.Module):
         """See `layers.InputChoice`. In ``two_pass`` they are found once for all layers."""
         if torch.compiler.is_compiling():
             return None
-        if self.scope != "two_pass":  # a wait in every layer, on an accelerator
+        if self.scope != "two_pass" and self.forced is None:  # a wait in every layer, on an accelerator
             return _groups(weights) if weights.device.type == "cpu" else None
         if self._groups is None or self._groups[0] != len(weights):
             self._groups = _groups(weights)
@@ -188,7 +190,9 @@ class InputRouter(nn.Module):
         if not (self._inputs and _goes_on(given.get("past_key_values"))):
             self._forget()
             self._inputs, self._mask = _count(given), _mask(given.get("attention_mask"))
-            if self.scope == "two_pass":
+            if self.forced is not None:
+                self.scores = self.choice = torch.eye(self.experts)[self.forced].expand(self._inputs, -1)
+            elif self.scope == "two_pass":
                 self.score(module, call)
         self._depth = 1
 
