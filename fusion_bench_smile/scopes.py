@@ -77,6 +77,10 @@ class InputRouter(nn.Module):
         self._kept: dict[Routed, Tensor] = {}
         self._groups: Groups | None = None
 
+    def forward(self, x: Any) -> Any:
+        """Nothing: a `torch.nn.Sequential` runs whatever it holds, also this."""
+        return x
+
     # -- what the layers ask
 
     def weights(self, layer: Routed, x: Tensor, out: Tensor) -> Tensor | None:
@@ -161,13 +165,18 @@ class InputRouter(nn.Module):
 
     def _mean(self, values: Tensor) -> Tensor:
         """The mean over each input's tokens but padding: (…, n) → (B, n)."""
-        if len(values) % self._inputs:
-            raise RuntimeError(f"a layer got {len(values)} rows for {self._inputs} inputs: which are whose?")
-        values = values.reshape(self._inputs, -1, values.shape[-1])
-        if self._mask is None or self._mask.shape != values.shape[:2]:
-            return values.mean(dim=1)
-        mask = self._mask.to(values.device, values.dtype)[..., None]
-        return (values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        rows, mask = len(values), self._mask
+        if rows % self._inputs:
+            raise RuntimeError(f"a layer got {rows} rows for {self._inputs} inputs: which are whose?")
+        values = values.reshape(rows, -1, values.shape[-1])
+        if mask is not None and values.shape[1] == 1 and rows == mask.numel():  # tokens that aren't apart by input
+            values = values.reshape(self._inputs, -1, values.shape[-1])
+        if mask is None or mask.shape[1] != values.shape[1]:
+            means = values.mean(dim=1)
+        else:
+            counts = self._fitting(mask, len(values)).to(values.device, values.dtype)[..., None]
+            means = (values * counts).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
+        return means.reshape(self._inputs, -1, means.shape[-1]).mean(dim=1)  # over an input's beams
 
     # -- what happens around a call of the model
 
@@ -218,7 +227,8 @@ class InputRouter(nn.Module):
     @torch.no_grad()
     def score(self, module: nn.Module, call: inspect.BoundArguments) -> None:
         """Have the pretrained model alone see the inputs, and decide."""
-        for name, value in {"past_key_values": None, "use_cache": False}.items():  # what is in the cache is seen once
+        # what a cache holds is seen once; a prompt's logits are for its last token, whoever asks
+        for name, value in {"past_key_values": None, "use_cache": False, "logits_to_keep": 1}.items():
             if name in call.signature.parameters:
                 call.arguments[name] = value
         self._scoring, self._depth = True, 1

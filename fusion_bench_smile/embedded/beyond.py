@@ -213,7 +213,7 @@ def choose(at: Bench, experts: dict[str, nn.Module], ratio: float, store: Factor
         for allocation in get_args(Allocation):
             ranks = Ranks(ratio, gate_k, allocation)
             try:
-                model = build(at, experts, ranks, Variant("two_pass", "relative"), store)
+                model = build(at, experts, ranks, OWN[0], store)  # what takes the most
             except ConfigError:
                 break  # this many router rows don't fit
             fitting.add(gate_k)
