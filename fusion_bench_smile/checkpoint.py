@@ -125,11 +125,11 @@ class SmileSection(QuantizationConfigMixin):
         if self.router.get("prototypes"):
             router.prototypes = Prototypes(count, *self.router["prototypes"])
         router.attach(model)
+        zeros: dict[str, dict[str, torch.Tensor]] = {}
         for name, parameters in self.own.items():
-            module = model.get_submodule(name)
-            shapes = {parameter: getattr(module, parameter) for parameter in parameters}
-            zeros = {parameter: value.new_zeros(count, *value.shape) for parameter, value in shapes.items()}
-            give(module, router, zeros)
+            values = {parameter: getattr(model.get_submodule(name), parameter) for parameter in parameters}
+            zeros[name] = {parameter: value.new_zeros(count, *value.shape) for parameter, value in values.items()}
+        give(model, router, zeros)
 
 
 class SmileLoader(HfQuantizer):

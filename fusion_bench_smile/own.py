@@ -1,8 +1,7 @@
 """What an expert changed outside the routed layers: norms and embeddings that belong to it. Imports torch alone.
 
 Where one decision for a whole input is known before its first layer (`scopes`, ``two_pass``), these too can be the
-expert's. They are kept as they are, as differences to the pretrained ones: parameters ``expert_weight`` (T, …) and
-``expert_bias`` (T, …) of the module they belong to, which a hook adds.
+expert's. They are kept as they are, as differences (T, …) to the pretrained ones, by the router; hooks add them.
 """
 
 from __future__ import annotations
@@ -13,17 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .layers import Routed
 from .scopes import InputRouter
 
 ExpertParameters = Literal["layers", "norms", "all"]
-PREFIX = "expert_"
 
 
-def can_own(module: nn.Module, which: ExpertParameters) -> bool:
-    """Whether an expert's own parameters of a module can be used: a norm's scale and shift, an embedding's rows."""
+def can_own(name: str, module: nn.Module, which: ExpertParameters) -> bool:
+    """Whether an expert's own parameters of a module can be used: a norm's scale and shift, an embedding's rows.
+
+    Relative positions are those of pairs of tokens, looked up once for all inputs: they stay the pretrained ones.
+    """
     if which == "all" and type(module) is nn.Embedding:
-        return module.max_norm is None
+        return module.max_norm is None and "relative" not in name
     return which != "layers" and is_norm(module)
 
 
@@ -63,42 +63,62 @@ class _Bare(nn.Module):
         return self.of.forward(x)
 
 
-def give(module: nn.Module, router: InputRouter, values: Mapping[str, Tensor]) -> None:
-    """Have a module use the experts' own ``weight`` or ``bias``, given as differences (T, …), as `router` decides."""
-    for name, value in values.items():
-        module.register_parameter(PREFIX + name, nn.Parameter(value, requires_grad=False))
-    hook = _Embedding(router) if isinstance(module, nn.Embedding) else _Norm(router)
-    module.register_forward_hook(hook)
+def give(model: nn.Module, router: InputRouter, own: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Have modules use what experts own, module → parameter → differences (T, …), as `router` decides."""
+    for name, values in own.items():
+        for parameter, value in values.items():
+            router.own[_key(name, parameter)] = nn.Parameter(value, requires_grad=False)
+        module = model.get_submodule(name)
+        kind = _Embedding if isinstance(module, nn.Embedding) else _Norm
+        module.register_forward_hook(kind(router, name))
 
 
-class _Norm:
-    def __init__(self, router: InputRouter) -> None:
-        self.router = router
+def _key(module: str, parameter: str) -> str:
+    return f"{module}/{parameter}".replace(".", "/")  # a dot would be a submodule
 
+
+class _Own:
+    """A hook of one module."""
+
+    def __init__(self, router: InputRouter, name: str) -> None:
+        self.router, self.name = router, name
+
+    def difference(self, parameter: str) -> Tensor | None:
+        """Of all experts: (T, …)."""
+        key = _key(self.name, parameter)
+        return self.router.own.get(key, None)
+
+
+class _Norm(_Own):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         weights = self.router.decided(len(out))
         if weights is None:
             return out
-        scale, shift = (_chosen(module, name, weights, out) for name in ("weight", "bias"))
+        scale, shift = (self._chosen(parameter, weights, out) for parameter in ("weight", "bias"))
         out = out if scale is None else out + _without_affine(module, args[0]) * scale
         return out if shift is None else out + shift
 
+    def _chosen(self, parameter: str, weights: Tensor, out: Tensor) -> Tensor | None:
+        """Each input's own difference (B, 1, …, D)."""
+        own = self.difference(parameter)
+        if own is None:
+            return None
+        return (weights.to(own) @ own).view(len(out), *[1] * (out.ndim - 2), -1).to(out.dtype)
 
-class _Embedding:
-    def __init__(self, router: InputRouter) -> None:
-        self.router = router
 
+class _Embedding(_Own):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         inputs = self.router.inputs
         if inputs == 0 or self.router.decided(inputs) is None:
             return out
         rows = len(out) if len(out) % inputs == 0 else inputs  # positions are looked up once for all inputs
-        weights = self.router.decided(rows)
+        weights, own = self.router.decided(rows), self.difference("weight")
         assert weights is not None
+        assert own is not None
         ids, added = args[0].expand(rows, *args[0].shape[1:]), out.new_zeros(rows, *out.shape[1:])
         _, groups = self.router.groups(weights) or _every(weights)
         for expert, served in groups:
-            mine = nn.functional.embedding(ids[served], module.expert_weight[expert])  # type: ignore[index]
+            mine = nn.functional.embedding(ids[served], own[expert])
             share = weights[served, expert].to(mine.dtype)
             added.index_add_(0, served, mine * share.view(-1, *[1] * (mine.ndim - 1)))
         return out + added
@@ -109,17 +129,9 @@ def _every(weights: Tensor) -> tuple[int, list[tuple[int, Tensor]]]:
     return len(weights), [(expert, everyone) for expert in range(weights.shape[1])]
 
 
-def _chosen(module: nn.Module, name: str, weights: Tensor, out: Tensor) -> Tensor | None:
-    """Each input's own difference (B, 1, …, D)."""
-    own = getattr(module, PREFIX + name, None)
-    if own is None:
-        return None
-    return (weights.to(own.dtype) @ own).view(len(out), *[1] * (out.ndim - 2), -1).to(out.dtype)
-
-
 def own_names(model: nn.Module, which: ExpertParameters) -> dict[str, tuple[str, str]]:
     """Of the parameters that can be an expert's own: name in the state dict → module, parameter."""
-    modules = {name: module for name, module in model.named_modules() if can_own(module, which)}
+    modules = {name: module for name, module in model.named_modules() if can_own(name, module, which)}
     return {f"{m}.{p}": (m, p) for m, module in modules.items() for p, _ in module.named_parameters(recurse=False)}
 
 
@@ -127,18 +139,14 @@ def owned(model: nn.Module) -> dict[str, list[str]]:
     """What experts own in a model: module → its parameters."""
     found: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        mine = [p.removeprefix(PREFIX) for p in module._parameters if p in (f"{PREFIX}weight", f"{PREFIX}bias")]
-        if mine and not isinstance(module, Routed):
-            found[name] = mine
+        for hook in (hook for hook in module._forward_hooks.values() if isinstance(hook, _Own)):
+            found[name] = [p for p in ("weight", "bias") if hook.difference(p) is not None]
     return found
 
 
 def disown(model: nn.Module) -> None:
-    """Take the experts' own parameters away."""
-    for name, parameters in owned(model).items():
-        module = model.get_submodule(name)
-        for parameter in parameters:
-            del module._parameters[PREFIX + parameter]
+    """Have no module use what experts own."""
+    for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, (_Norm, _Embedding)):
+            if isinstance(hook, _Own):
                 del module._forward_hooks[key]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 DIRECTIONS = 64  # of the covariance; in all others it is the same
 SHRINKAGE = 0.2
-QUANTILE = 0.99
+QUANTILE, FOLDS = 0.99, 4
 
 
 class Prototypes(nn.Module):
@@ -26,7 +26,8 @@ class Prototypes(nn.Module):
         directions: (r, D), the pⱼ, divided by λⱼ^½.
         rest: (1,), λ₀.
         variances: (r,), the λⱼ.
-        radius: (1,), the distance within which nearly all calibration inputs have their prototype.
+        radius: (1,), the distance within which nearly all inputs have their prototype: that of inputs which the
+            prototypes were not fitted to, by cross-validation; infinite where there are too few.
 
     Every tensor is float32, and a parameter that isn't trained.
     """
@@ -50,7 +51,21 @@ class Prototypes(nn.Module):
     @classmethod
     @torch.no_grad()
     def fit(cls, features: list[Tensor]) -> Prototypes:
-        """Prototypes of tasks with these inputs' features: one (n, D) for each task, n at least 1.
+        """Prototypes of tasks with these inputs' features: one (n, D) for each task, n at least 1."""
+        made = cls._fitted(features)
+        made.radius.fill_(torch.inf)
+        if min(map(len, features)) >= FOLDS:
+            away = []
+            for fold in range(FOLDS):
+                rest = [torch.cat([part for i, part in enumerate(_folds(f)) if i != fold]) for f in features]
+                others, left_out = cls._fitted(rest), [_folds(of_task)[fold] for of_task in features]
+                away += [others.distances(part.float())[:, task] for task, part in enumerate(left_out)]
+            made.radius.copy_(torch.quantile(torch.cat(away), QUANTILE)[None])
+        return made
+
+    @classmethod
+    def _fitted(cls, features: list[Tensor]) -> Prototypes:
+        """Without a radius.
 
         The covariance is shrunk towards its mean variance: a few inputs say little of it.
         """
@@ -73,8 +88,6 @@ class Prototypes(nn.Module):
         }  # fmt: skip
         for name, value in values.items():
             getattr(made, name).copy_(value)
-        own = torch.cat([made.distances(f.float())[:, i] for i, f in enumerate(features)])
-        made.radius.copy_(torch.quantile(own, QUANTILE)[None])
         return made
 
     def distances(self, features: Tensor) -> Tensor:
@@ -83,3 +96,7 @@ class Prototypes(nn.Module):
         along = (away @ self.directions.mT).square()
         across = (away.square().sum(-1) - along.sum(-1)).clamp(min=0)
         return (along / self.variances).sum(-1) + across / self.rest
+
+
+def _folds(features: Tensor) -> list[Tensor]:
+    return [features[fold::FOLDS] for fold in range(FOLDS)]

@@ -44,6 +44,7 @@ class InputRouter(nn.Module):
         baseline: (2, T), mean and deviation of the scores of random inputs, which each expert's are compared with;
             None where they decide as they are.
         forced: the number of an expert that serves every input, whatever its scores; see `routing.as_expert`.
+        own: what experts own beside their layers, module/parameter → differences (T, …); see `own`.
         scores: what decided for the last inputs, (B, T).
         choice: the weight of each expert for each of the last inputs, (B, T).
     """
@@ -55,6 +56,7 @@ class InputRouter(nn.Module):
         super().__init__()
         self.scope, self.experts, self.top_k, self.refuse = scope, experts, top_k, refuse
         self.forced: int | None = None
+        self.own = nn.ParameterDict()
         self.prototypes = None
         self.register_parameter("baseline", None)
         self._forget()
@@ -201,6 +203,8 @@ class InputRouter(nn.Module):
             self._inputs, self._mask = _count(given), _mask(given.get("attention_mask"))
             if self.forced is not None:
                 self.scores = self.choice = torch.eye(self.experts)[self.forced].expand(self._inputs, -1)
+            elif self.refuse and self.prototypes is None:
+                raise RuntimeError("refuse_unknown=true needs to know what is known: calibrate the model first")
             elif self.scope == "two_pass":
                 self.score(module, call)
         self._depth = 1

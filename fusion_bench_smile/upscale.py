@@ -259,8 +259,7 @@ def put_router(
     router.attach(model)
     if config.noise_baseline:
         router.set_baseline(measure_baseline(model, router))
-    for module, values in (own or {}).items():
-        give(model.get_submodule(module), router, values)
+    give(model, router, own or {})
 
 
 def fit_ranks(

@@ -135,7 +135,7 @@ def _images(task: str, split: str) -> tuple[Tensor, Tensor]:
 def _text_batches(task: str, split: str, count: int) -> list[tuple[dict[str, Any], Tensor]]:
     texts, labels = arrays(text.load_texts(task, split), task)
     tokenizer = text.load_tokenizer()
-    starts = range(0, min(count, len(texts)), BATCH)
-    return [
-        (dict(batch_of(tokenizer, texts[s : min(s + BATCH, count)])), labels[s : min(s + BATCH, count)]) for s in starts
-    ]
+    # of about the same length together, so that little is padded
+    order = sorted(range(min(count, len(texts))), key=lambda i: len(str(texts[i])))
+    parts = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    return [(dict(batch_of(tokenizer, [texts[i] for i in part])), labels[part]) for part in parts]

@@ -52,7 +52,7 @@ CANDIDATES = 2  # of the gate ranks that fit a budget, the largest
 LARGEST_RANK = {"gentle": 64, "strong": 64, "full": 128, "lora": 8}
 SCALING = {"task_arithmetic": (0.1, 0.2, 0.3, 0.5), "ties": (0.3, 0.5, 0.7, 1.0)}
 VALIDATION = 50  # inputs of each task
-TEST = {"gentle": 150, "strong": 150, "full": 100, "lora": 100}
+TEST = {"gentle": 150, "strong": 150, "full": 80, "lora": 80}
 CALIBRATION = (4, 16, 64)
 
 
@@ -166,7 +166,7 @@ def first_choices(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 
 
 def measure(at: Bench, model: nn.Module, split: str, count: int) -> dict[str, Any]:
-    """Average accuracy in percent, each layer's share of right choices, and accuracy where the choice is right or wrong."""
+    """Average accuracy in percent, each layer's share of right choices, accuracy where they are right or wrong."""
     accuracies, rights = [], []
     layers: dict[str, list[float]] = {}
     of_right: list[Tensor] = []
