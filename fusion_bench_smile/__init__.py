@@ -13,7 +13,8 @@ from .config import SmileConfig
 from .continual import add_expert, remove_expert
 from .errors import CheckpointError, ConfigError, PlanError, SmileError
 from .layers import SmileLinear
-from .routing import as_expert, record_routing
+from .oracle import as_expert
+from .routing import record_routing
 from .store import FactorStore
 from .to_disk import upscale_to_folder
 from .upscale import plan_upscaling, upscale

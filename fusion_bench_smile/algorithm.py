@@ -20,12 +20,13 @@ from rich.table import Table
 from torch import nn
 from tqdm.auto import tqdm
 
+from .calibration import calibrate, check_calibration
 from .checkpoint import check_writable, is_checkpoint, load, save, section_of
 from .config import SmileConfig, check_keys
 from .ending import one_clear_line
 from .errors import PlanError
 from .factors import truncated_svd
-from .modelpool import expert_of, load_model
+from .modelpool import calibration_inputs, expert_of, load_model
 from .plan import estimated_seconds
 from .sources import Openable
 from .store import FactorStore
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 PRETRAINED = "_pretrained_"
 OPTIONS = [field.name for field in fields(SmileConfig)]
-OF_THE_RUN = ["model_path", "factor_cache", "dry_run"]
+OF_THE_RUN = ["model_path", "factor_cache", "dry_run", "calibration"]
 
 
 class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
@@ -46,6 +47,8 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
             saved there.
         factor_cache: a folder where factors are kept and looked up, so that sweeps and restarts factor nothing twice;
             None keeps none.
+        calibration: this many unlabelled inputs of each expert's training set choose the experts (`calibrate`), which
+            is not zero-shot; 0 for none.
         dry_run: print what would be done, and return None, for which the framework saves and evaluates nothing.
         options: the fields of `SmileConfig`; the names are those of the framework's own SMILE.
 
@@ -60,6 +63,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         *,
         model_path: str | None = None,
         factor_cache: str | None = None,
+        calibration: int = 0,
         dry_run: bool = False,
         **options: Any,
     ) -> None:
@@ -68,7 +72,9 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
             check_keys(options, [*OPTIONS, *OF_THE_RUN])
             plain = {key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in options.items()}
             self.options = SmileConfig.from_dict(plain)
+            check_calibration(calibration, self.options)
         self.model_path, self.factor_cache, self.dry_run = model_path, factor_cache, dry_run
+        self.calibration = calibration
         for name in OPTIONS:  # what the framework reads for `self.config`
             setattr(self, name, getattr(self.options, name))
 
@@ -132,6 +138,9 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
                 in_place=not isinstance(pool._models[PRETRAINED], nn.Module),  # loaded for this alone
                 on_item=progress.show,
             )
+        if self.calibration:
+            with self.profile("calibrate"):
+                calibrate(model, calibration_inputs(pool, list(experts), self.calibration))
         before, after = section_of(model).recipe["parameters"]
         log.info("%d experts, %d parameters, parameter ratio %.3f", len(experts), after, after / before)
         return model

@@ -53,6 +53,20 @@ def calibrate(model: nn.Module, inputs: Mapping[str, Iterable[Mapping[str, Any]]
     describe(model, SmileConfig.recorded(section.options), recipe)
 
 
+def check_calibration(inputs: Any, config: SmileConfig) -> None:
+    """Refuse a number of calibration inputs that can't be, before anything is loaded.
+
+    Raises:
+        ConfigError: if it is no number from 0 on, or options don't go with it.
+    """
+    if isinstance(inputs, bool) or not isinstance(inputs, int) or inputs < 0:
+        raise ConfigError(f"calibration={inputs!r} is not a number of inputs of each task, or 0 for none")
+    if inputs and config.routing_scope != "two_pass":
+        raise ConfigError(f"calibration={inputs} needs routing_scope=two_pass; it is {config.routing_scope}")
+    if config.refuse_unknown and not inputs:
+        raise ConfigError("refuse_unknown=true needs calibration, e.g. calibration=16: it has to know what is known")
+
+
 def _check(experts: list[str], inputs: Mapping[str, Any]) -> None:
     for name in inputs:
         if name not in experts:
@@ -63,7 +77,14 @@ def _check(experts: list[str], inputs: Mapping[str, Any]) -> None:
 
 
 def _features(router: InputRouter, entrance: nn.Module, batches: Iterable[Mapping[str, Any]], name: str) -> Tensor:
-    found = [router.features_of(entrance, batch) for batch in batches]
+    device = next(entrance.parameters()).device
+    found = [
+        router.features_of(entrance, {key: _on(value, device) for key, value in batch.items()}) for batch in batches
+    ]
     if not found:
         raise PlanError(f"calibration needs at least one input of {name!r}")
     return torch.cat(found)
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

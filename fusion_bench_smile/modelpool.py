@@ -11,7 +11,7 @@ import torch
 from fusion_bench.modelpool.base_pool import BaseModelPool
 from huggingface_hub import try_to_load_from_cache
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from . import embedded
 from .checkpoint import load
@@ -48,6 +48,43 @@ def expert_of(pool: BaseModelPool, name: str, pretrained: nn.Module) -> Openable
     if isinstance(entry, nn.Module):
         return entry
     return _adapter_folder(pool, entry) or _files(pool, entry, pretrained) or load
+
+
+def calibration_inputs(pool: BaseModelPool, names: Sequence[str], count: int) -> dict[str, list[dict[str, Tensor]]]:
+    """Unlabelled inputs of each expert's training set in a pool, drawn always alike, as batches of model arguments.
+
+    An example may be what the model takes (``pixel_values``, ``input_ids``), or an image in a pool with a processor.
+
+    Raises:
+        PlanError: naming the expert whose data the pool lacks, or has in a form that isn't known.
+    """
+    return {name: _some_inputs(pool, name, count) for name in names}
+
+
+def _some_inputs(pool: BaseModelPool, name: str, count: int) -> list[dict[str, Tensor]]:
+    if name not in (getattr(pool, "_train_datasets", None) or {}):
+        raise PlanError(
+            f"calibration={count} needs train_datasets.{name} in the model pool, from which inputs are taken; add it, "
+            "or use calibration=0"
+        )
+    dataset: Any = pool.load_train_dataset(name)
+    drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    return [inputs_of(pool, dataset[number], name) for number in drawn]
+
+
+def inputs_of(pool: BaseModelPool, example: Any, name: str) -> dict[str, Tensor]:
+    """One example as arguments of the model, without its label."""
+    values = example if isinstance(example, Mapping) else dict(zip(("image", "label"), example, strict=False))
+    for key in ("pixel_values", "input_ids"):
+        if key in values:
+            masks = {k: values[k] for k in ("attention_mask", "token_type_ids") if k in values and key == "input_ids"}
+            return {k: torch.as_tensor(v)[None] for k, v in {key: values[key], **masks}.items()}
+    if "image" in values and hasattr(pool, "load_processor"):
+        return dict(pool.load_processor()(images=values["image"], return_tensors="pt"))
+    raise PlanError(
+        f"calibration: the training examples of {name!r} have {', '.join(map(str, values))}; one of pixel_values, "
+        "input_ids, or an image in a pool with a processor is needed"
+    )
 
 
 def load_model(pool: BaseModelPool, name: str) -> nn.Module:

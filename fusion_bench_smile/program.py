@@ -37,6 +37,7 @@ from .report import (
 )
 from .report import LayerRouting as LayerReport
 from .routing import routing_statistics
+from .storage import bytes_of
 from .surroundings import Meter, environment
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         self.measurements["construction"] = self._meter.stop()
         if isinstance(merged_model, nn.Module):
             self.measurements["parameters"] = count_parameters(merged_model)[1]
+            self.measurements["bytes"] = bytes_of(merged_model)
         if self.merged_model_save_path is None:
             return
         if isinstance(merged_model, IndividualModels):
@@ -194,7 +196,9 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         samples = [task.samples for task in tasks.values()]
         if made.evaluation is not None and None not in samples:
             made.samples_per_second = sum(filter(None, samples)) / made.evaluation.seconds
-        made.pretrained_parameters = self._pretrained_parameters()
+        if PRETRAINED in self.modelpool.all_model_names:
+            pretrained = load_model(self.modelpool, PRETRAINED)
+            made.pretrained_parameters, made.pretrained_bytes = count_parameters(pretrained)[1], bytes_of(pretrained)
         made.retention = retention_of(tasks, tasks if made.kind == "individual" else self._individual_tasks())
         made.objective = objective_of(made, self.budget)
         return made
@@ -234,11 +238,6 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         config = self._resolved()
         config["method"] = {key: value for key, value in config["method"].items() if key not in WITHOUT_EFFECT}
         return fingerprint(config)
-
-    def _pretrained_parameters(self) -> int | None:
-        if PRETRAINED not in self.modelpool.all_model_names:
-            return None
-        return count_parameters(load_model(self.modelpool, PRETRAINED))[1]
 
     def _individual_tasks(self) -> dict[str, TaskResult]:
         if self.individual is None:

@@ -70,7 +70,7 @@ class Prototypes(nn.Module):
         The covariance is shrunk towards its mean variance: a few inputs say little of it.
         """
         everything = torch.cat(features).double()
-        scale = everything.std(dim=0).nan_to_num().clamp(min=1e-3)
+        scale = everything.std(dim=0, correction=0).clamp(min=1e-3)
         scaled = [(of_task.double() / scale) for of_task in features]
         mean = torch.stack([of_task.mean(dim=0) for of_task in scaled])
         within = torch.cat([of_task - center for of_task, center in zip(scaled, mean, strict=True)])

@@ -108,6 +108,7 @@ class RunReport(_Part):
         average: of the tasks' scores; None where one is undefined.
         retention: the average in percent of the individual models', where they were known to the run.
         parameters: of the model that was evaluated; for individual models, of all of them together.
+        bytes: what these take, in the dtypes they are stored in.
         samples_per_second: while evaluating, of all processes together, loading the data included.
         objective: what an optimiser of the run's options maximises.
     """
@@ -132,6 +133,8 @@ class RunReport(_Part):
     objective: float | None = None
     parameters: int | None = None
     pretrained_parameters: int | None = None
+    bytes: int | None = None
+    pretrained_bytes: int | None = None
     construction: Stage | None = None
     evaluation: Stage | None = None
     samples_per_second: float | None = None
@@ -145,6 +148,11 @@ class RunReport(_Part):
         if self.status == "failed" and not self.error:
             raise ValueError("a failed run has an error")
         return self
+
+    @property
+    def byte_ratio(self) -> float | None:
+        """Bytes of the parameters relative to the pretrained model's."""
+        return None if not self.bytes or not self.pretrained_bytes else self.bytes / self.pretrained_bytes
 
     @property
     def ratio(self) -> float | None:

@@ -10,10 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import section_of
-from .errors import ConfigError, PlanError
 from .layers import Routed, See
-from .scopes import ROUTER, InputRouter
 
 
 @dataclass
@@ -95,26 +92,6 @@ def routing_statistics(model: nn.Module) -> Iterator[dict[str, LayerStatistics]]
     record = {name: LayerStatistics() for name in _routers(model)}
     with _watching(model, {name: layer.see for name, layer in record.items()}):
         yield record
-
-
-@contextmanager
-def as_expert(model: nn.Module, name: str) -> Iterator[None]:
-    """Inside the ``with`` block, serve every input with one expert, for whoever knows the task; nothing is scored.
-
-    Raises:
-        ConfigError: for a model whose tokens are routed each on its own (``routing_scope="token"``).
-        PlanError: if there is no such expert.
-    """
-    names, router = section_of(model).experts, getattr(model, ROUTER, None)
-    if not isinstance(router, InputRouter):
-        raise ConfigError("one expert for whole inputs needs another routing_scope than token, e.g. two_pass")
-    if name not in names:
-        raise PlanError(f"there is no expert {name!r}; the experts are: {', '.join(names)}")
-    before, router.forced = router.forced, names.index(name)
-    try:
-        yield
-    finally:
-        router.forced = before
 
 
 def _routers(model: nn.Module) -> dict[str, Routed]:

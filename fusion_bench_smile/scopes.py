@@ -43,7 +43,7 @@ class InputRouter(nn.Module):
         prototypes: if there are some, they decide instead of the scores (``two_pass`` alone).
         baseline: (2, T), mean and deviation of the scores of random inputs, which each expert's are compared with;
             None where they decide as they are.
-        forced: the number of an expert that serves every input, whatever its scores; see `routing.as_expert`.
+        forced: the number of an expert that serves every input, whatever its scores; see `oracle.as_expert`.
         own: what experts own beside their layers, module/parameter → differences (T, …); see `own`.
         scores: what decided for the last inputs, (B, T).
         choice: the weight of each expert for each of the last inputs, (B, T).
@@ -232,9 +232,9 @@ class InputRouter(nn.Module):
     def score(self, module: nn.Module, call: inspect.BoundArguments) -> None:
         """Have the pretrained model alone see the inputs, and decide."""
         # what a cache holds is seen once; a prompt's logits are for its last token, whoever asks
-        for name, value in {"past_key_values": None, "use_cache": False, "logits_to_keep": 1}.items():
-            if name in call.signature.parameters:
-                call.arguments[name] = value
+        alone = {"past_key_values": None, "use_cache": False, "logits_to_keep": 1, "num_logits_to_keep": 1}
+        for name in alone.keys() & call.signature.parameters.keys():  # transformers 4.48 has the second name
+            call.arguments[name] = alone[name]
         self._scoring, self._depth = True, 1
         try:
             module.forward(*call.args, **call.kwargs)

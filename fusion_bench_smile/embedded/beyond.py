@@ -34,8 +34,8 @@ from ..calibration import calibrate
 from ..config import SmileConfig
 from ..errors import ConfigError
 from ..layers import Routed, Score
+from ..oracle import as_expert
 from ..report import write_whole
-from ..routing import as_expert
 from ..scopes import ROUTER, InputRouter, Scope, detach
 from ..storage import bytes_of
 from ..store import FactorStore

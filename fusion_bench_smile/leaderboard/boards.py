@@ -18,11 +18,12 @@ COLUMNS = {
     "average": "mean of the tasks' scores, in %",
     "retention": "average in % of the individual models' average",
     "parameters": "relative to the pretrained model",
+    "bytes": "of the parameters, relative to the pretrained model's",
     "seconds": "to construct the model",
     "memory": "peak while constructing, beyond what was held before, in MB; of the accelerator, if there is one",
     "throughput": "samples per second while evaluating",
 }
-ASCENDING = ("parameters", "seconds", "memory", "method")  # what is better, or comes first, when smaller
+ASCENDING = ("parameters", "bytes", "seconds", "memory", "method")  # what is better, or comes first, when smaller
 
 
 @dataclass
@@ -129,6 +130,7 @@ def _row(run: Run) -> dict[str, object]:
         **{name: task.score for name, task in report.tasks.items()},
         "average": average_of(report.tasks),
         "parameters": report.ratio,
+        "bytes": report.byte_ratio,
         "seconds": constructed and constructed.seconds,
         "memory": constructed and constructed.peak_megabytes,
         "throughput": report.samples_per_second,

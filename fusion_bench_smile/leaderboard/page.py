@@ -14,7 +14,7 @@ import pandas as pd
 from .boards import COLUMNS, Board
 from .figures import family, styles
 from .gather import Skipped
-from .tables import DIGITS, HEADINGS, shown_columns
+from .tables import DIGITS, HEADINGS, UNITS, shown_columns
 
 TEMPLATE = Path(__file__).with_name("page.html")
 DETAILS = ("folder", "device", "top_k")
@@ -43,7 +43,7 @@ def _board(board: Board) -> dict[str, Any]:
             "key": column,
             "heading": HEADINGS.get(column, column),
             "digits": DIGITS.get(column, 1),
-            "unit": "×" if column == "parameters" else "",
+            "unit": UNITS.get(column, ""),
             "help": COLUMNS.get(column, "score on this task, in %"),
         }
         for column in sorted(shown_columns(board), key=board.tasks.__contains__)  # on a phone the first ones are seen

@@ -8,7 +8,8 @@ from rich.text import Text
 
 from .boards import COLUMNS, MEASURED, Board
 
-DIGITS = {"parameters": 2, "seconds": 2, "memory": 0, "throughput": 0}  # others have one
+UNITS = {"parameters": "×", "bytes": "×"}
+DIGITS = {"parameters": 2, "bytes": 2, "seconds": 2, "memory": 0, "throughput": 0}  # others have one
 HEADINGS = {"memory": "memory (MB)", "throughput": "samples/s"}
 ESCAPES = str.maketrans(
     {character: f"\\{character}" for character in "{}&%$#_"}
@@ -18,15 +19,18 @@ ESCAPES = str.maketrans(
 
 
 def shown_columns(board: Board) -> list[str]:
-    """Tasks and measures of which anything is known."""
-    return [column for column in [*board.tasks, *COLUMNS] if board.table[column].notna().any()]
+    """Tasks and measures of which anything is known; bytes where they aren't the parameters over again."""
+    table = board.table
+    known = [column for column in [*board.tasks, *COLUMNS] if table[column].notna().any()]
+    same = not ((table["bytes"] - table["parameters"]).abs() > 0.005).any()
+    return [column for column in known if column != "bytes" or not same]
 
 
 def formatted(board: Board) -> pd.DataFrame:
     """The board as text, one row for each run, empty where nothing is known."""
     text = pd.DataFrame(index=board.table.index)
     for column in shown_columns(board):
-        unit = "×" if column == "parameters" else ""
+        unit = UNITS.get(column, "")
         digits = DIGITS.get(column, 1)
         text[column] = ["" if pd.isna(v) else f"{v:.{digits}f}{unit}" for v in board.table[column]]
     return text

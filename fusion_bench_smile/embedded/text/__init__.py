@@ -69,6 +69,21 @@ def load_texts(task: str, split: Split = "test") -> Dataset:
     return read_table(DATA / "texts" / f"{task}-{split}.parquet")
 
 
+def load_inputs(task: str, split: Split = "train") -> Dataset:
+    """The texts of a task as the encoder takes them: columns ``input_ids``, ``attention_mask``, ``token_type_ids``.
+
+    Raises:
+        SmileError: for an unknown task or split.
+    """
+    from ...text_classification import batch_of, examples
+
+    tokenizer, texts = load_tokenizer(), load_texts(task, split)
+    tokens = [batch_of(tokenizer, [text]) for text in examples(task, texts)[0]]
+    from datasets import Dataset
+
+    return Dataset.from_list([{name: value[0].tolist() for name, value in one.items()} for one in tokens])
+
+
 def expert_folder(task: str, kind: Kind = "full") -> Path:
     """The folder with the adapter and the head of one expert.
 
