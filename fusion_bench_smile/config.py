@@ -37,7 +37,8 @@ class SmileConfig:
         convolutions: upscale `torch.nn.Conv2d` too, except those in groups.
         target_modules: name patterns (``fnmatch``) of the linear layers to upscale; None upscales all.
         exclude_modules: name patterns of linear layers to leave as pretrained.
-        execution: how the routed layers are computed: ``"auto"``, ``"grouped"`` or ``"masked"``; see `layers`.
+        execution: how the routed layers are computed: ``"auto"``, ``"grouped"``, ``"masked"`` or, with ``two_pass``
+            and one expert for each input, ``"merged"``; see `layers`.
         routing_scope: what shares one choice of experts: every ``"token"`` of every layer has its own (the paper), a
             ``"sequence"`` has one for each layer, a ``"global"`` one goes by all layers so far, and in ``"two_pass"``
             the pretrained model sees the input first, which then has one choice for all layers; see `scopes`.
@@ -117,6 +118,11 @@ class SmileConfig:
                     f"{name}={getattr(self, name)} needs routing_scope=two_pass, where one choice is known before the "
                     f"first layer; it is {self.routing_scope}"
                 )
+        if self.execution == "merged" and (self.routing_scope != "two_pass" or self.top_k != 1):
+            raise ConfigError(
+                f"execution=merged needs routing_scope=two_pass and top_k=1, where an input has one expert's weights "
+                f"throughout; they are {self.routing_scope} and {self.top_k}: use execution=auto"
+            )
         if self.average_experts and self.expert_parameters != "layers":
             raise ConfigError(
                 f"average_experts=true and expert_parameters={self.expert_parameters} exclude each other: norms are "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,9 +16,14 @@ class SmileConv1D(Routed, Conv1D):  # type: ignore[misc]  # both declare `weight
     def matrix(weight: Tensor) -> Tensor:
         return weight.mT
 
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What a `Conv1D`, which always has a bias, makes of x: (…, out)."""
+        assert bias is not None
+        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in) to (…, out)."""
-        return self.route(x, Conv1D.forward(self, x))
+        return self.route(x)
 
 
 KINDS: dict[type[nn.Module], type[Routed]] = {nn.Linear: SmileLinear, Conv1D: SmileConv1D, nn.Conv2d: SmileConv2d}

@@ -1,10 +1,12 @@
 """Routed layers: a linear layer, and its kin, with a router and low-rank experts beside it. Imports torch alone.
 
-Two ways to compute the same thing:
+Three ways to compute the same thing:
 
 - *masked*: every token with every expert, times its routing weight, which is zero for most. Nothing depends on how the
   tokens were routed: no loop over data, no host synchronisation, so it can be compiled and exported.
 - *grouped*: the tokens of each expert are gathered, and computed with that expert alone.
+- *merged*: where whole inputs were chosen for beforehand, those of each expert are gathered, and computed with the sum
+  of the plain weight and that expert's delta: the plain product of all tokens is saved, for making the sum.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ ROUTED = (*ROWS, *(f"{name}_scale" for name in ROWS), "expert_bias")
 # it gives must be weighted; few tokens take as long as SAME_TIME of them, because the weights have to be read.
 SAVED_FROM, SAVED_FROM_WEIGHTED = 10_000_000, 40_000_000
 SAME_TIME = 8
-Execution = Literal["auto", "grouped", "masked"]
+Execution = Literal["auto", "grouped", "masked", "merged"]
 Score = Literal["norm", "weighted", "relative", "output"]
 Storage = Literal["same", "int8"]
 See = Callable[[Tensor, Tensor, Tensor], None]
@@ -97,6 +99,9 @@ class SmileLayout:
 
 class InputChoice(Protocol):
     """Who chooses the experts of whole inputs; see `scopes.InputRouter`."""
+
+    def known(self, layer: Routed, rows: int) -> Tensor | None:
+        """The weight of each expert for each of so many inputs, (rows, T), if it is known before the layer is run."""
 
     def weights(self, layer: Routed, x: Tensor, out: Tensor) -> Tensor | None:
         """The weight of each expert for each input of x: (inputs, T); None where the layer stays the plain one."""
@@ -194,18 +199,29 @@ class Routed(nn.Module):
 
     @staticmethod
     def matrix(weight: Tensor) -> Tensor:
-        """The weight as a matrix (out, in)."""
+        """The weight as a matrix (out, in); a view, in which it can be changed."""
         return weight
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What a layer of this kind makes of x, with some weight and bias: (…, out)."""
+        return F.linear(x, weight, bias)
 
     def project(self, x: Tensor, rows: Tensor) -> Tensor:
         """Every token of x times rows (r, in): (…, r)."""
         return F.linear(x, rows)
 
-    def route(self, x: Tensor, out: Tensor) -> Tensor:
-        """What the plain layer gives (…, out), with the experts' part added."""
-        if self.input_choice is not None:
-            weights = self.input_choice.weights(self, x, out)
-            return out if weights is None else self._by_input(x, out, weights, self.input_choice.groups(weights))
+    def route(self, x: Tensor) -> Tensor:
+        """What the plain layer gives, with the experts' part added: (…, out)."""
+        choice = self.input_choice
+        if choice is not None and self.layout.execution == "merged":
+            weights = choice.known(self, len(x))
+            groups = None if weights is None else choice.groups(weights)
+            if groups is not None:
+                return self._merged(x, groups)
+        out = self.plain(x, *self._with_delta(None))
+        if choice is not None:
+            weights = choice.weights(self, x, out)
+            return out if weights is None else self._by_input(x, out, weights, choice.groups(weights))
         projected = self._projected(x)
         scores = None if projected is None else self._scores(x, out, projected)
         if scores is not None and self.see is not None:
@@ -331,6 +347,42 @@ class Routed(nn.Module):
                 added = added * share.view(-1, *[1] * (out.ndim - 1)).to(added.dtype)
             out = out + added if alone else out.index_add_(0, inputs, added.to(out.dtype))
         return out
+
+    def _merged(self, x: Tensor, groups: Groups) -> Tensor:
+        """What one expert for each input makes of x (B, …, in): (B, …, out); an input in no group gets none."""
+        count = groups[0]
+        of_experts: list[tuple[int | None, Tensor]] = [*groups[1]]
+        alone = torch.ones(count, dtype=torch.bool, device=x.device)
+        for _, inputs in groups[1]:
+            alone[inputs] = False
+        if sum(len(inputs) for _, inputs in groups[1]) < count:
+            of_experts.append((None, alone.nonzero()[:, 0]))
+        parts = [
+            self.plain(x if len(inputs) == count else x.index_select(0, inputs), *self._with_delta(expert))
+            for expert, inputs in of_experts
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        out = parts[0].new_empty(count, *parts[0].shape[1:])
+        for (_, inputs), part in zip(of_experts, parts, strict=True):
+            out.index_copy_(0, inputs, part)
+        return out
+
+    def _with_delta(self, expert: int | None) -> tuple[Tensor, Tensor | None]:
+        """The plain weight and bias, with one expert's deltas added."""
+        weight, bias = self.weight, cast("Tensor | None", self.bias)
+        if expert is None:
+            return weight, bias
+        dense, up = self.rows("dense", self.layout.dense_rows, expert), self.rows("up", self.layout.low_ranks, expert)
+        if dense is not None:
+            weight = weight.clone()
+            self.matrix(weight).add_(dense[0])
+        elif up is not None:
+            weight = weight.clone()
+            self.matrix(weight).addmm_(up.mT, self._directions(expert))
+        if self.expert_bias is not None:
+            bias = self.expert_bias[expert] if bias is None else bias + self.expert_bias[expert]
+        return weight, bias
 
     def _expert_output(self, expert: int, x: Tensor) -> Tensor | None:
         """What one expert adds to all tokens of x: (…, out); None if nothing."""
@@ -466,7 +518,7 @@ class SmileLinear(Routed, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in) to (…, out)."""
-        return self.route(x, F.linear(x, self.weight, self.bias))
+        return self.route(x)
 
 
 class SmileConv2d(Routed, nn.Conv2d):
@@ -479,6 +531,10 @@ class SmileConv2d(Routed, nn.Conv2d):
     def matrix(weight: Tensor) -> Tensor:
         return weight.flatten(1)
 
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What a convolution makes of x (…, C, H, W): (…, H', W', out)."""
+        return self._conv_forward(x, weight, bias).movedim(-3, -1)
+
     def project(self, x: Tensor, rows: Tensor) -> Tensor:
         """Every patch of x (…, C, H, W) times rows (r, C·kh·kw): (…, H', W', r)."""
         kernel = rows.unflatten(1, self.weight.shape[1:])
@@ -490,8 +546,7 @@ class SmileConv2d(Routed, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, C, H, W) to (…, out, H', W')."""
-        plain = self._conv_forward(x, self.weight, self.bias)
-        return self.route(x, plain.movedim(-3, -1)).movedim(-1, -3)
+        return self.route(x).movedim(-1, -3)
 
 
 def _plus_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:

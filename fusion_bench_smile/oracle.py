@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from .checkpoint import section_of
@@ -25,7 +26,8 @@ def as_expert(model: nn.Module, name: str) -> Iterator[None]:
         raise ConfigError("one expert for whole inputs needs another routing_scope than token, e.g. two_pass")
     if name not in names:
         raise PlanError(f"there is no expert {name!r}; the experts are: {', '.join(names)}")
-    before, router.forced = router.forced, names.index(name)
+    weights = torch.eye(len(names), device=next(model.parameters()).device)
+    before, router.forced = router.forced, weights[names.index(name)]
     try:
         yield
     finally:

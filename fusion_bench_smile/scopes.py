@@ -43,7 +43,8 @@ class InputRouter(nn.Module):
         prototypes: if there are some, they decide instead of the scores (``two_pass`` alone).
         baseline: (2, T), mean and deviation of the scores of random inputs, which each expert's are compared with;
             None where they decide as they are.
-        forced: the number of an expert that serves every input, whatever its scores; see `oracle.as_expert`.
+        forced: the weight of each expert for all inputs (T,), or for each (B, T), instead of what scores say; see
+            `oracle.as_expert`.
         own: what experts own beside their layers, module/parameter → differences (T, …); see `own`.
         scores: what decided for the last inputs, (B, T).
         choice: the weight of each expert for each of the last inputs, (B, T).
@@ -55,7 +56,7 @@ class InputRouter(nn.Module):
     def __init__(self, scope: Scope, experts: int, top_k: int, refuse: bool = False) -> None:
         super().__init__()
         self.scope, self.experts, self.top_k, self.refuse = scope, experts, top_k, refuse
-        self.forced: int | None = None
+        self.forced: Tensor | None = None
         self.own = nn.ParameterDict()
         self.prototypes = None
         self.register_parameter("baseline", None)
@@ -101,10 +102,14 @@ class InputRouter(nn.Module):
             return None
         if self.scope != "two_pass" and self.forced is None:
             return self._fitting(self._of_layer(layer, x, out), len(x))
-        if layer.see is not None:
+        return self.known(layer, len(x))
+
+    def known(self, layer: Routed, rows: int) -> Tensor | None:
+        """See `layers.InputChoice`."""
+        if layer.see is not None and not self._scoring and self.choice is not None:
             scores = cast(Tensor, self.scores)
             layer.see(scores, *layer.chosen(scores))
-        return self.decided(len(x))
+        return self.decided(rows)
 
     def decided(self, rows: int) -> Tensor | None:
         """In ``two_pass``: the weights for so many rows, (rows, T), several for an input's beams; None before."""
@@ -202,7 +207,7 @@ class InputRouter(nn.Module):
             self._forget()
             self._inputs, self._mask = _count(given), _mask(given.get("attention_mask"))
             if self.forced is not None:
-                self.scores = self.choice = torch.eye(self.experts)[self.forced].expand(self._inputs, -1)
+                self.scores = self.choice = self.forced.expand(self._inputs, -1)
             elif self.refuse and self.prototypes is None:
                 raise RuntimeError("refuse_unknown=true needs to know what is known: calibrate the model first")
             elif self.scope == "two_pass":

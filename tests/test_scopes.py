@@ -77,6 +77,38 @@ def test_two_pass_computes_the_chosen_experts_delta(tower: nn.Module, execution:
         torch.testing.assert_close(found[row : row + 1], expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "mlp"])
+@pytest.mark.parametrize("options", [{}, {"k": -1}, {"storage": "int8"}])
+def test_merged_weights_compute_the_same(name: str, options: dict[str, object]) -> None:
+    make, make_inputs = ARCHITECTURES[name]
+    base, inputs = make().double(), make_inputs()
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    options = {"k": 6, "gate_k": 3, "routing_scope": "two_pass", "convolutions": True, **options}
+    experts = [expert.double() for expert in experts_of(base, scale=0.3)]
+    apart, merged = (upscale(base, experts, execution=e, **options) for e in ("grouped", "merged"))
+    expected = output(apart, inputs)
+    with record_routing(merged) as routing:
+        torch.testing.assert_close(output(merged, inputs), expected, atol=1e-9, rtol=1e-9)
+    assert all(len(layer.choices) for layer in routing.values())
+    assert torch.equal(choice_of(merged), choice_of(apart))
+    for expert in ("0", "2"):
+        with as_expert(merged, expert), as_expert(apart, expert):
+            torch.testing.assert_close(output(merged, inputs), output(apart, inputs), atol=1e-9, rtol=1e-9)
+
+
+def test_merged_weights_leave_inputs_without_an_expert_alone(tower: nn.Module) -> None:
+    model = upscale(tower, experts_of(tower), k=4, gate_k=2, routing_scope="two_pass", execution="merged")
+    layer = next(layer for layer in model.modules() if isinstance(layer, Routed))
+    x, router = torch.randn(5, 3, layer.weight.shape[1]), router_of(model)
+    router._inputs, router.scores = 5, torch.zeros(5, 3)
+    router.choice = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0]], dtype=torch.float)
+    found, plain = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(found[[0, 2]], plain[[0, 2]])
+    assert (found[[1, 3, 4]] - plain[[1, 3, 4]]).abs().amax(dim=(1, 2)).min() > 1e-4
+    router._groups, router.choice = None, torch.zeros(5, 3)
+    torch.testing.assert_close(layer(x), plain)
+
+
 def test_two_pass_is_decided_by_the_pretrained_model_alone(tower: nn.Module) -> None:
     """The scores are the mean over all layers of what their routers score of the pretrained model's own states."""
     model = upscale(tower, experts_of(tower), k=8, gate_k=4, routing_scope="two_pass")
@@ -298,6 +330,8 @@ def test_watching_tells_the_decision(tower: nn.Module) -> None:
         ({"expert_parameters": "norms"}, "needs routing_scope=two_pass"),
         ({"noise_baseline": True, "routing_scope": "global"}, "needs routing_scope=two_pass"),
         ({"refuse_unknown": True}, "needs routing_scope=two_pass"),
+        ({"execution": "merged"}, "needs routing_scope=two_pass and top_k=1"),
+        ({"execution": "merged", "routing_scope": "two_pass", "top_k": 2}, "top_k=1"),
         ({"noise_baseline": "yes"}, "not true or false"),
         ({"expert_parameters": "norms", "average_experts": True, "routing_scope": "two_pass"}, "exclude each other"),
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -42,14 +43,19 @@ def ship_texts(task: str, texts: Texts) -> None:
         pq.write_table(dataset.data.table, file, compression="zstd")
 
 
+@cache
+def probed(task: str) -> Head:
+    """The head that every fine-tuning of a task begins with."""
+    return probe(load_pretrained().eval(), load_tokenizer(), *arrays(load_texts(task, "train"), task))
+
+
 def fine_tuned(
     encoder: BertModel, task: str, kind: str, folder: Path, seed: int = 0
 ) -> tuple[PreTrainedModel | PeftModel, Head]:
     """The fine-tuned model and its head, from `folder` if they lie there."""
     if not folder.exists():
-        tokenizer, (texts, labels) = load_tokenizer(), arrays(load_texts(task, "train"), task)
-        probed = probe(encoder, tokenizer, texts, labels)
-        tuned, head = finetune(encoder, tokenizer, probed, texts, labels, kind, seed)
+        texts, labels = arrays(load_texts(task, "train"), task)
+        tuned, head = finetune(encoder, load_tokenizer(), probed(task), texts, labels, kind, seed)
         scratch = folder.with_suffix(".part")
         folder.parent.mkdir(parents=True, exist_ok=True)
         tuned.save_pretrained(scratch)
