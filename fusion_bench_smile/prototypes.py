@@ -1,14 +1,16 @@
 """Calibrated routing: not zero-shot. A few unlabelled inputs of each expert's task say what its inputs look like.
 
 Every task is a prototype in the space of what the pretrained model's layers make of an input: a mean, and one
-covariance for all (linear discriminant analysis). The nearest prototype's expert serves an input; one that is far from
-all of them can be told apart as of no known task. Imports torch alone.
+covariance for all (linear discriminant analysis). How near an input is to each, and what the experts score without any
+calibration, are added up with two weights, by which inputs that the prototypes weren't fitted to find their task best.
+An input that is far from all prototypes can be told apart as of no known task. Imports torch alone.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 DIRECTIONS = 64  # of the covariance; in all others it is the same
 SHRINKAGE = 0.2
@@ -16,7 +18,10 @@ QUANTILE, FOLDS = 0.99, 4
 
 
 class Prototypes(nn.Module):
-    """Prototypes of T tasks in a space of D features.
+    """Prototypes of T tasks in a space of D = L·2·T features.
+
+    The features of an input are logarithms of shares of its tokens' energy, for each of L layers: first, for all
+    experts, that on the router rows, then that on the rows weighted by singular values (`layers.Routed.energies`).
 
     The covariance is Σⱼ λⱼ pⱼpⱼᵀ + λ₀(1 − Σⱼ pⱼpⱼᵀ), of features divided by their own deviation.
 
@@ -28,6 +33,8 @@ class Prototypes(nn.Module):
         variances: (r,), the λⱼ.
         radius: (1,), the distance within which nearly all inputs have their prototype: that of inputs which the
             prototypes were not fitted to, by cross-validation; infinite where there are too few.
+        trust: (2,), the weights of the prototypes' logarithmic likelihood −d²/2 and of the experts' scores, Σ over the
+            layers of the features' first kind; by cross-validation, least cross-entropy.
 
     Every tensor is float32, and a parameter that isn't trained.
     """
@@ -38,15 +45,21 @@ class Prototypes(nn.Module):
     rest: Tensor
     variances: Tensor
     radius: Tensor
+    trust: Tensor
 
     def __init__(self, tasks: int, features: int, directions: int) -> None:
         super().__init__()
         shapes = {
             "mean": (tasks, features), "scale": (features,), "directions": (directions, features),
-            "variances": (directions,), "rest": (1,), "radius": (1,),
+            "variances": (directions,), "rest": (1,), "radius": (1,), "trust": (2,),
         }  # fmt: skip
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
+
+    @staticmethod
+    def parameters_for(tasks: int, features: int, inputs: int) -> int:
+        """How many parameters the prototypes of `tasks` have, in so many features, fitted to `inputs` in all."""
+        return tasks * features + features + (features + 1) * _directions(tasks, features, inputs) + 4
 
     @classmethod
     @torch.no_grad()
@@ -54,14 +67,29 @@ class Prototypes(nn.Module):
         """Prototypes of tasks with these inputs' features: one (n, D) for each task, n at least 1."""
         made = cls._fitted(features)
         made.radius.fill_(torch.inf)
-        if min(map(len, features)) >= FOLDS:
-            away = []
-            for fold in range(FOLDS):
-                rest = [torch.cat([part for i, part in enumerate(_folds(f)) if i != fold]) for f in features]
-                others, left_out = cls._fitted(rest), [_folds(of_task)[fold] for of_task in features]
-                away += [others.distances(part.float())[:, task] for task, part in enumerate(left_out)]
-            made.radius.copy_(torch.quantile(torch.cat(away), QUANTILE)[None])
+        made.trust[1] = 1.0  # one input alone says too little
+        if (folds := min(FOLDS, *map(len, features))) > 1:
+            away, scores, task = cls._cross_validated(features, folds)
+            made.trust.copy_(_best_weights(-away / 2, scores, task))
+            if folds == FOLDS:
+                own = away.gather(1, task[:, None])
+                made.radius.copy_(torch.quantile(own, QUANTILE)[None])
         return made
+
+    @classmethod
+    def _cross_validated(cls, features: list[Tensor], folds: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all inputs, the distances (N, T) to prototypes that weren't fitted to them, the scores, and the tasks."""
+        found = []
+        for fold in range(folds):
+            apart = [(of_task[fold::folds], _without(of_task, fold, folds)) for of_task in features]
+            others = cls._fitted([rest for _, rest in apart])
+            for task, (left_out, _) in enumerate(apart):
+                away = others.distances(left_out.float())
+                found.append(
+                    (away, others.scored(left_out.float()), torch.full((len(away),), task, device=away.device))
+                )
+        distances, scored, tasks = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return distances, scored, tasks
 
     @classmethod
     def _fitted(cls, features: list[Tensor]) -> Prototypes:
@@ -75,7 +103,7 @@ class Prototypes(nn.Module):
         mean = torch.stack([of_task.mean(dim=0) for of_task in scaled])
         within = torch.cat([of_task - center for of_task, center in zip(scaled, mean, strict=True)])
         freedom = max(1, len(within) - len(features))
-        kept = min(DIRECTIONS, max(0, len(within) - len(features)), within.shape[1])
+        kept = _directions(len(features), within.shape[1], len(within))
         _, s, directions = torch.linalg.svd(within, full_matrices=False)
         variances = s.square() / freedom
         even = variances.sum() / within.shape[1] if freedom and variances.sum() > 0 else torch.ones((), dtype=s.dtype)
@@ -90,6 +118,14 @@ class Prototypes(nn.Module):
             getattr(made, name).copy_(value)
         return made
 
+    def scored(self, features: Tensor) -> Tensor:
+        """The experts' own scores, without any calibration, of inputs (B, D): (B, T)."""
+        return features.unflatten(-1, (-1, 2, len(self.mean)))[..., 0, :].sum(-2)
+
+    def scores(self, features: Tensor) -> Tensor:
+        """How well each task fits inputs (B, D), by their nearness to its prototype and its expert's score: (B, T)."""
+        return self.trust[0] * (-self.distances(features) / 2) + self.trust[1] * self.scored(features)
+
     def distances(self, features: Tensor) -> Tensor:
         """The squared Mahalanobis distances of inputs (B, D) to the prototypes: (B, T)."""
         away = (features / self.scale)[:, None] - self.mean  # (B, T, D)
@@ -98,5 +134,29 @@ class Prototypes(nn.Module):
         return (along / self.variances).sum(-1) + across / self.rest
 
 
-def _folds(features: Tensor) -> list[Tensor]:
-    return [features[fold::FOLDS] for fold in range(FOLDS)]
+def _directions(tasks: int, features: int, inputs: int) -> int:
+    """How many directions of the covariance so many inputs tell of."""
+    return min(DIRECTIONS, max(0, inputs - tasks), features)
+
+
+def _without(features: Tensor, fold: int, folds: int) -> Tensor:
+    kept = torch.arange(len(features), device=features.device) % folds != fold
+    return features[kept]
+
+
+@torch.enable_grad()
+def _best_weights(likelihoods: Tensor, scores: Tensor, task: Tensor) -> Tensor:
+    """The weights, above zero, with which both (N, T) together give the tasks (N,) the least cross-entropy."""
+    logs = torch.tensor([-3.0, -1.0], dtype=torch.double, device=scores.device, requires_grad=True)
+    first, second = likelihoods.detach().double(), scores.detach().double()
+    optimizer = torch.optim.LBFGS([logs], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        # without any error, ever larger weights would be better
+        loss = cross_entropy(logs[0].exp() * first + logs[1].exp() * second, task) + 1e-3 * logs.exp().square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return logs.detach().exp()

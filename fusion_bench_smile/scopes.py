@@ -145,7 +145,7 @@ class InputRouter(nn.Module):
             scores = x.new_zeros(self._inputs, self.experts) if scores is None else scores
         elif self.scope == "global":
             scores = self._with_others(scores, layer.layout.score == "relative")
-        self.scores, self._kept[layer] = scores, _shares(scores, self.top_k)
+        self.scores, self._kept[layer] = scores, shares(scores, self.top_k)
         if layer.see is not None and of_tokens is not None:
             layer.see(scores.detach(), *layer.chosen(scores.detach()))
         return self._kept[layer]
@@ -250,16 +250,17 @@ class InputRouter(nn.Module):
         self._decide()
 
     def _decide(self) -> None:
-        distances = self.prototypes.distances(self.features) if self.prototypes is not None and self._features else None
-        if distances is not None:
-            self.scores = (-distances / 2).log_softmax(dim=-1)
+        prototypes = self.prototypes if self._features else None
+        if prototypes is not None:
+            self.scores = prototypes.scores(self.features)
         elif self.scores is None:  # no layer has a router
             self.scores = torch.zeros(self._inputs, self.experts)
         elif self.baseline is not None:
             self.scores = (self.scores - self.baseline[0]) / self.baseline[1]
-        self.choice = _shares(self.scores, self.top_k)
-        if self.refuse and self.prototypes is not None and distances is not None:
-            self.choice = self.choice * (distances.amin(dim=-1, keepdim=True) <= self.prototypes.radius)
+        self.choice = shares(self.scores, self.top_k)
+        if self.refuse and prototypes is not None:
+            near = prototypes.distances(self.features).amin(dim=-1, keepdim=True) <= prototypes.radius
+            self.choice = self.choice * near
 
     @property
     def features(self) -> Tensor:
@@ -267,7 +268,8 @@ class InputRouter(nn.Module):
         return torch.cat(self._features, dim=-1)
 
 
-def _shares(scores: Tensor, top_k: int) -> Tensor:
+def shares(scores: Tensor, top_k: int) -> Tensor:
+    """The weight of each expert where they have these scores: both (…, T), at most `top_k` weights not zero."""
     kept, chosen = scores.topk(top_k, dim=-1)
     return torch.zeros_like(scores).scatter(-1, chosen, kept.softmax(dim=-1))
 

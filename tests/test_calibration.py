@@ -17,7 +17,7 @@ from fusion_bench_smile import ConfigError, PlanError, add_expert, as_expert, ca
 from fusion_bench_smile.checkpoint import section_of
 from fusion_bench_smile.noise import random_inputs
 from fusion_bench_smile.own import is_norm, owned
-from fusion_bench_smile.prototypes import DIRECTIONS, SHRINKAGE, Prototypes
+from fusion_bench_smile.prototypes import DIRECTIONS, FOLDS, SHRINKAGE, Prototypes
 from fusion_bench_smile.scopes import ROUTER
 
 NAMES = ("a", "b", "c")
@@ -44,10 +44,11 @@ def chosen(model: nn.Module, inputs: Tensor) -> Tensor:
     return model.get_submodule(ROUTER).choice
 
 
-@given(tasks=st.integers(1, 4), features=st.integers(1, 12), count=st.integers(1, 9), seed=st.integers(0, 99))
+@given(tasks=st.integers(1, 4), layers=st.integers(1, 3), count=st.integers(1, 9), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
-def test_distances_are_those_of_the_covariance(tasks: int, features: int, count: int, seed: int) -> None:
+def test_distances_are_those_of_the_covariance(tasks: int, layers: int, count: int, seed: int) -> None:
     """Against dense float64 algebra: the shrunk covariance, inverted as it is."""
+    features = layers * 2 * tasks
     generator = torch.Generator().manual_seed(seed)
     groups = [torch.randn(count, features, generator=generator) + 3 * i for i in range(tasks)]
     made = Prototypes.fit(groups)
@@ -77,8 +78,34 @@ def test_prototypes_find_the_optimal_boundary() -> None:
     assert agreed > 0.95
 
 
+@given(count=st.integers(1, 12), spread=st.floats(0.1, 5.0), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_nearness_and_scores_are_weighted_by_what_they_find(count: int, spread: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tasks, layers = 3, 2
+    groups = [torch.randn(count, layers * 2 * tasks, generator=generator) for _ in range(tasks)]
+    for number, group in enumerate(groups):
+        group[:, number] += spread  # an expert scores its own task's inputs higher
+    made = Prototypes.fit(groups)
+    x = torch.cat(groups)
+    scored = torch.stack([x[:, [e, 2 * tasks + e]].sum(1) for e in range(tasks)], dim=1)
+    torch.testing.assert_close(made.scored(x), scored)
+    near, far = made.trust.tolist()
+    torch.testing.assert_close(made.scores(x), far * scored - near / 2 * made.distances(x))
+    assert Prototypes.parameters_for(tasks, x.shape[1], len(x)) == sum(p.numel() for p in made.parameters())
+    if count == 1:  # nothing is known of how inputs of a task differ
+        assert made.trust.tolist() == [0.0, 1.0]
+        return
+    away, scores, task = Prototypes._cross_validated(groups, min(FOLDS, count))
+    found, *others = (
+        torch.nn.functional.cross_entropy(a * -away / 2 + b * scores, task) + 1e-3 * (a**2 + b**2)
+        for a, b in (made.trust.tolist(), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.1, 0.3), (0.01, 1.0))
+    )
+    assert all(found <= other + 1e-4 for other in others)
+
+
 def test_calibration_finds_the_task_and_is_saved(tmp_path: Path) -> None:
-    model = calibrated()
+    model = calibrated(40)
     test = [images(i, 20) for i in range(3)]
     right = [(chosen(model, of_kind).argmax(-1) == i).float().mean() for i, of_kind in enumerate(test)]
     assert min(right) > 0.9

@@ -4,13 +4,15 @@ python -m fusion_bench_smile.embedded.build.seeds FOLDER --benchmark images   # 
 python -m fusion_bench_smile.embedded.build.seeds FOLDER --benchmark text     # needs the extra text
 
 The recipes are those of the shipped experts, but the models are kept whole, with every rank that fine-tuning gave them:
-FOLDER/experts/<set>/<seed>/<task>. What lies there already is not made again.
+FOLDER/experts/<set>/<seed>/<task>. What lies there already is not made again. The first seed's LoRA experts are the
+shipped ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,6 +56,8 @@ def texts(root: Path, seeds: Sequence[int]) -> None:
         for kind in text.KINDS:
             for task in text.TASKS:
                 folder = folder_of(root, kind, seed, task)
+                if kind == "lora" and seed == 0 and not folder.exists():  # these are shipped as they are
+                    shutil.copytree(text.expert_folder(task, kind), folder)
                 fine_tuned_text(encoder, task, kind, folder, seed)
                 logging.info("%s", folder)
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertModel, CLIPModel, CLIPProcessor, CLIPVisionModel
 
-from ..text_classification import Head, batch_of, embed
-from . import DATA, STRENGTHS, TASKS, load_pretrained, measure, text
-from .evaluate import zero_shot_head
-from .shipped import with_adapter
-from .text.evaluate import arrays
+from ...text_classification import Head, batch_of, embed
+from .. import DATA, STRENGTHS, TASKS, load_pretrained, measure, text
+from ..evaluate import zero_shot_head
+from ..shipped import with_adapter
+from ..text.evaluate import arrays
 
 BATCH = 100
 
@@ -57,7 +57,7 @@ class Bench(ABC):
     def experts(self) -> dict[str, nn.Module]:
         return {task: self.expert(task).eval() for task in self.tasks}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def correct(self, model: nn.Module, task: str, split: str, count: int) -> Tensor:
         """Whether each of the first inputs gets its class: (count,)."""
         found = [
@@ -84,7 +84,7 @@ class Images(Bench):
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any], task: str) -> Tensor:
         embeds = _clip().visual_projection(model(**batch).pooler_output)
-        return F.normalize(embeds, dim=-1) @ _image_head(task).T
+        return _clip().logit_scale.exp().detach() * F.normalize(embeds, dim=-1) @ _image_head(task).T
 
 
 class Texts(Bench):
