@@ -94,7 +94,7 @@ def choices(at: Bench, store: FactorStore) -> dict[str, Any]:
 def choose(at: Bench, experts: Experts, ratio: float, variant: Variant, store: FactorStore) -> Ranks:
     """gate_k and allocation of a budget."""
     found: dict[Ranks, float] = {}
-    seen: dict[int, Tensor] = {}
+    seen: dict[tuple[tuple[int, ...], ...], Tensor] = {}
     for gate_k in (gate_k for gate_k in GATES if gate_k <= LARGEST_RANK[at.chosen]):
         for allocation in get_args(Allocation):
             ranks = Ranks(ratio, gate_k, allocation)
@@ -102,11 +102,12 @@ def choose(at: Bench, experts: Experts, ratio: float, variant: Variant, store: F
                 model = build(at, experts, ranks, variant, store)
             except ConfigError:
                 break  # this many router rows don't fit
+            of_layers = [module.layout for module in model.modules() if isinstance(module, Routed)]
             # with all the ranks there are, the allocation makes no difference
-            size = parameters_of(model)
-            if size not in seen:
-                seen[size] = run(at, model, "validation", VALIDATION[at.chosen])[0]
-            found[ranks] = seen[size].float().mean().item()
+            bought = (of_layers[0].gate_ranks, *(layout.ranks for layout in of_layers))
+            if bought not in seen:
+                seen[bought] = run(at, model, "validation", VALIDATION[at.chosen])[0]
+            found[ranks] = seen[bought].float().mean().item()
             log.info("%s, %s: %.1f on validation inputs", ranks, variant.name, 100 * found[ranks])
         if len({ranks.gate_k for ranks in found}) == CANDIDATES:
             break
