@@ -136,6 +136,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
                 store=store,
                 share_work=self._fabric_instance is not None,
                 in_place=not isinstance(pool._models[PRETRAINED], nn.Module),  # loaded for this alone
+                calibration=self.calibration,
                 on_item=progress.show,
             )
         if self.calibration:
@@ -148,7 +149,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
     def _show_plan(self, pretrained: nn.Module, experts: Mapping[str, Openable]) -> None:
         plan = plan_upscaling(pretrained, experts, self.options)
         table = Table(title="what smile_upscaling would do (dry_run=true)", show_header=False)
-        for name, value in plan.summary().items():
+        for name, value in {**plan.summary(), **plan.budget(self.options)}.items():
             table.add_row(name, value)
         device = self.options.compute_device
         workers = plan.workers(device)

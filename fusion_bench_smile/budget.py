@@ -26,6 +26,7 @@ class LayerSpectra:
         shared: the router rows are directions, whose right half is paid for already.
         weight_energy: ‖W₀‖².
         biases: parameters of the experts' biases.
+        scales: parameters beside each stored row: 1 where it is stored as int8.
     """
 
     name: str
@@ -36,11 +37,13 @@ class LayerSpectra:
     shared: bool
     weight_energy: float
     biases: int = 0
+    scales: int = 0
 
     def cost(self, expert: int, direction: int) -> int:
         """Parameters of one more direction, which has this number (from 0)."""
         paid = self.shared and direction < self.gate_ranks[expert]
-        return self.out_features if paid else self.in_features + self.out_features
+        left = self.out_features + self.scales
+        return left if paid else left + self.in_features + self.scales
 
     def least(self, expert: int) -> int:
         """The rank that an expert has in any case."""
@@ -50,7 +53,7 @@ class LayerSpectra:
     def fixed(self) -> int:
         """Parameters that are needed in any case."""
         directions = sum(self.cost(e, j) for e in range(len(self.energies)) for j in range(self.least(e)))
-        return sum(self.gate_ranks) * self.in_features + directions + self.biases
+        return sum(self.gate_ranks) * (self.in_features + self.scales) + directions + self.biases
 
 
 def allocate(layers: Sequence[LayerSpectra], budget: int, how: Allocation) -> list[list[int]]:
@@ -100,8 +103,9 @@ def _entry(
     return -worth / (layer.weight_energy if how == "gain" else 1.0), place, expert
 
 
-def describe_ranks(layers: Sequence[LayerSpectra], ranks: Sequence[Sequence[int]]) -> list[str]:
-    """One line for each layer, for people."""
-    return [
-        f"{layer.name}: ranks {', '.join(map(str, of_layer))}" for layer, of_layer in zip(layers, ranks, strict=True)
-    ]
+def describe_ranks(layers: Sequence[LayerSpectra], ranks: Sequence[Sequence[int]]) -> dict[str, str]:
+    """What was bought, for people: the last part of layers' names → the span and the mean of their ranks."""
+    of_kinds: dict[str, list[int]] = {}
+    for layer, of_layer in zip(layers, ranks, strict=True):
+        of_kinds.setdefault(layer.name.rpartition(".")[2], []).extend(of_layer)
+    return {kind: f"{min(r)} to {max(r)}, mean {sum(r) / len(r):.1f}" for kind, r in of_kinds.items()}

@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .budget import LayerSpectra, allocate, describe_ranks
 from .config import SmileConfig
 from .errors import ConfigError, PlanError
 from .kin import plain_kind, routed_class
@@ -52,6 +53,13 @@ class LayerPlan:
     def rank(self) -> int:
         """The rank that is factored."""
         return max(self.k, self.gate_k)
+
+    def nominal(self, num_experts: int, config: SmileConfig) -> LayerSpectra:
+        """What its directions cost, were all of them worth the same."""
+        gates = (self.gate_k if num_experts > 1 else 0,) * num_experts
+        worth = ((1.0,) * self.k,) * num_experts
+        shared, scales = config.routing_use_diff, int(config.storage == "int8")
+        return LayerSpectra(self.name, self.in_features, self.out_features, worth, gates, shared, 1.0, scales=scales)
 
     def added(self, num_experts: int) -> int:
         """Parameters that `num_experts` experts of full rank add, without biases."""
@@ -103,6 +111,47 @@ class Plan:
             "size of the result, at most": f"{result / 1e6:.1f} MB",
             "memory beyond both models, at most": f"{working / 1e6:.1f} MB",
         }
+
+    def budget(self, config: SmileConfig) -> dict[str, str]:
+        """What a `param_ratio` will buy, for people; nothing without one.
+
+        Raises:
+            ConfigError: if it is too little for the router rows.
+        """
+        if config.param_ratio is None:
+            return {}
+        told = {"parameters added by param_ratio, at most": f"{int(self.parameters * (config.param_ratio - 1)):,}"}
+        if config.allocation != "uniform":
+            return {
+                **told,
+                f"ranks by allocation={config.allocation}": "known when the experts are factored, and logged",
+            }
+        layers = [layer.nominal(self.num_experts, config) for layer in self.layers]
+        ranks = allocate_within(layers, self.parameters, config)
+        return {**told, **{f"ranks of {kind}": span for kind, span in describe_ranks(layers, ranks).items()}}
+
+
+def allocate_within(
+    layers: Sequence[LayerSpectra], parameters: int, config: SmileConfig, reserved: int = 0
+) -> list[list[int]]:
+    """For each layer, for each expert, the rank that `param_ratio` allows.
+
+    Args:
+        parameters: of the pretrained model.
+        reserved: parameters that are needed beside the layers.
+
+    Raises:
+        ConfigError: if it is too little for the router rows.
+    """
+    assert config.param_ratio is not None
+    try:
+        return allocate(layers, int(parameters * (config.param_ratio - 1)) - reserved, config.allocation)
+    except ConfigError as error:
+        least = 1 + (sum(layer.fixed for layer in layers) + reserved) / parameters
+        raise ConfigError(
+            f"param_ratio={config.param_ratio} is too little for the router rows alone, {error}: "
+            f"gate_k={config.gate_k} needs {least:.3f}; lower gate_k, or raise param_ratio"
+        ) from None
 
 
 def make_plan(pretrained: nn.Module, num_experts: int, config: SmileConfig) -> Plan:

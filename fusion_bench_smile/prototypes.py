@@ -57,8 +57,10 @@ class Prototypes(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
 
     @staticmethod
-    def parameters_for(tasks: int, features: int, inputs: int) -> int:
-        """How many parameters the prototypes of `tasks` have, in so many features, fitted to `inputs` in all."""
+    def parameters_for(tasks: int, layers: int, inputs: int) -> int:
+        """How many parameters prototypes have that are fitted to so many inputs of each task, of routed layers."""
+        features = 2 * tasks * layers
+        inputs *= tasks
         return tasks * features + features + (features + 1) * _directions(tasks, features, inputs) + 4
 
     @classmethod

@@ -13,16 +13,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .budget import LayerSpectra, allocate, describe_ranks
+from .budget import LayerSpectra, describe_ranks
 from .checkpoint import describe
 from .config import SmileConfig
-from .errors import ConfigError, PlanError
+from .errors import PlanError
 from .kin import routed_class
 from .layers import Routed, SmileLayout
 from .noise import measure_baseline
 from .own import give, own_names
 from .parts import Base, Factorer, Job
-from .plan import Plan, check_expert, check_finite, make_plan
+from .plan import Plan, allocate_within, check_expert, check_finite, make_plan
+from .prototypes import Prototypes
 from .recipe import Recipe, Recording
 from .scopes import InputRouter
 from .sharing import Share
@@ -46,6 +47,7 @@ def upscale(
     store: FactorStore | None = None,
     share_work: bool = False,
     in_place: bool = False,
+    calibration: int = 0,
     on_item: OnItem | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -65,6 +67,7 @@ def upscale(
             this with the same models, and all get the same model.
         in_place: build in `pretrained` itself, for a caller who has no other use for it. What is refused, is refused
             before it is touched.
+        calibration: of a `param_ratio`, leave what `calibrate` will need if it is given so many inputs of each task.
         on_item: called after each (expert, layer) pair that this process has factored, with how many it has done and
             how many it has to do.
 
@@ -88,7 +91,8 @@ def upscale(
     upscaled = pretrained if in_place else deepcopy(pretrained)
     own = own_differences(pretrained, share.exchange(taken.own)[0], len(named))
     if config.param_ratio is not None:
-        fit_ranks(plan, pretrained, taken, share, config, _number(own, len(named), config))
+        later = Prototypes.parameters_for(len(named), len(plan.layers), calibration) if calibration else 0
+        fit_ranks(plan, pretrained, taken, share, config, _number(own, len(named), config) + later)
         share = Share()
     recipe = replace_layers(upscaled, plan, taken, share, config, tuple(named))
     _set_averages(upscaled, share.exchange(taken.sums)[0], len(named))
@@ -291,23 +295,14 @@ def fit_ranks(
                 shared,
                 float(weight.double().square().sum()),
                 stack.bias_parameters,
+                int(config.storage == "int8"),
             )
         )
-    budget = int(plan.parameters * (config.param_ratio - 1)) - reserved
-    try:
-        ranks = allocate(spectra, budget, config.allocation)
-    except ConfigError as error:
-        least = 1 + (sum(layer.fixed for layer in spectra) + reserved) / plan.parameters
-        raise ConfigError(
-            f"param_ratio={config.param_ratio} is too little for the router rows alone, {error}: "
-            f"gate_k={config.gate_k} needs {least:.3f}; lower gate_k, or raise param_ratio"
-        ) from None
-    for line in describe_ranks(spectra, ranks):
-        log.debug("%s", line)
+    ranks = allocate_within(spectra, plan.parameters, config, reserved)
+    told = "; ".join(f"{kind} {span}" for kind, span in describe_ranks(spectra, ranks).items())
+    log.info("ranks by allocation=%s: %s", config.allocation, told)
     for planned, of_layer in zip(plan.layers, ranks, strict=True):
         taken.stacks[planned.name] = taken.stacks[planned.name].truncated(of_layer, shared)
-    every = torch.tensor([rank for of_layer in ranks for rank in of_layer], dtype=torch.float)
-    log.info("ranks by %s: %d to %d, mean %.1f", config.allocation, every.min(), every.max(), every.mean())
 
 
 def _number(own: Mapping[str, Mapping[str, Tensor]], experts: int, config: SmileConfig) -> int:

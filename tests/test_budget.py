@@ -37,7 +37,7 @@ def spectra(draw: st.DrawFn) -> list[LayerSpectra]:
         layers.append(
             LayerSpectra(
                 str(number), draw(st.integers(1, 20)), draw(st.integers(1, 20)), energies, gates,
-                draw(st.booleans()), draw(st.floats(0.1, 10.0)), draw(st.integers(0, 9)),
+                draw(st.booleans()), draw(st.floats(0.1, 10.0)), draw(st.integers(0, 9)), draw(st.integers(0, 1)),
             )
         )  # fmt: skip
     return layers
@@ -47,10 +47,11 @@ def cost(layers: list[LayerSpectra], ranks: list[list[int]]) -> int:
     """Counted as the layers store it, not step by step."""
     total = 0
     for layer, of_layer in zip(layers, ranks, strict=True):
-        total += layer.biases + sum(layer.gate_ranks) * layer.in_features
+        columns, rows = layer.in_features + layer.scales, layer.out_features + layer.scales
+        total += layer.biases + sum(layer.gate_ranks) * columns
         for rank, gate in zip(of_layer, layer.gate_ranks, strict=True):
             own = rank - min(rank, gate) if layer.shared else rank
-            total += own * layer.in_features + rank * layer.out_features
+            total += own * columns + rank * rows
     return total
 
 
@@ -102,10 +103,10 @@ def test_energy_keeps_more_than_uniform_does() -> None:
 
 @pytest.mark.parametrize("make", [clip_tower, mlp, t5, tied_llama])
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("ratio", [1.4, 1.7])
-def test_a_model_has_exactly_what_it_says(make: Callable[[], nn.Module], how: str, ratio: float) -> None:
+@pytest.mark.parametrize(("ratio", "storage"), [(1.4, "same"), (1.7, "same"), (1.7, "int8")])
+def test_a_model_has_exactly_what_it_says(make: Callable[[], nn.Module], how: str, ratio: float, storage: str) -> None:
     base = make()
-    model = upscale(base, experts_of(base), k=12, gate_k=1, param_ratio=ratio, allocation=how)
+    model = upscale(base, experts_of(base), k=12, gate_k=1, param_ratio=ratio, allocation=how, storage=storage)
     found = parameters(model)
     assert found <= ratio * parameters(base)
     assert list(section_of(model).recipe["parameters"]) == [parameters(base), found]

@@ -92,7 +92,7 @@ def test_nearness_and_scores_are_weighted_by_what_they_find(count: int, spread: 
     torch.testing.assert_close(made.scored(x), scored)
     near, far = made.trust.tolist()
     torch.testing.assert_close(made.scores(x), far * scored - near / 2 * made.distances(x))
-    assert Prototypes.parameters_for(tasks, x.shape[1], len(x)) == sum(p.numel() for p in made.parameters())
+    assert Prototypes.parameters_for(tasks, layers, count) == sum(p.numel() for p in made.parameters())
     if count == 1:  # nothing is known of how inputs of a task differ
         assert made.trust.tolist() == [0.0, 1.0]
         return
@@ -117,6 +117,18 @@ def test_calibration_finds_the_task_and_is_saved(tmp_path: Path) -> None:
     assert torch.equal(output(loaded, everything), output(model, everything))
     calibrate(model, {name: [{"pixel_values": images(i, 4)}] for i, name in enumerate(NAMES)})  # anew, not on top
     assert section_of(model).recipe["parameters"][1] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_budget_leaves_room_for_calibration() -> None:
+    base = clip_tower()
+    experts = dict(zip(NAMES, experts_of(base), strict=True))
+    ratio, options = 1.9, {"k": 12, "gate_k": 1, "routing_scope": "two_pass"}
+    model = upscale(base, experts, param_ratio=ratio, calibration=9, **options)
+    calibrate(model, {name: [{"pixel_values": images(i, 9)}] for i, name in enumerate(NAMES)})
+    whole, found = (sum(parameter.numel() for parameter in m.parameters()) for m in (base, model))
+    assert found <= ratio * whole
+    assert found > 0.98 * ratio * whole
+    assert section_of(model).recipe["parameters"] == [whole, found]
 
 
 def test_calibration_is_by_input_and_in_batches_of_any_size() -> None:

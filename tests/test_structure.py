@@ -38,7 +38,7 @@ ALLOWED = {
         *(f"fusion_bench_smile.{name}" for name in ("budget", "errors", "layers", "own", "scopes")),
     },
     "workers.py": {"torch"},
-    "plan.py": {"torch", *(f"fusion_bench_smile.{name}" for name in ("errors", "config", "kin", "workers"))},
+    "plan.py": {"torch", *(f"fusion_bench_smile.{name}" for name in ("budget", "errors", "config", "kin", "workers"))},
 }
 
 

@@ -149,7 +149,7 @@ def _extra(at: Bench, variant: Variant, model: nn.Module) -> int:
     tasks = len(at.tasks)
     if variant.inputs:
         layers = sum(isinstance(m, Routed) and m.gate is not None for m in model.modules())
-        return Prototypes.parameters_for(tasks, 2 * tasks * layers, variant.inputs * tasks)
+        return Prototypes.parameters_for(tasks, layers, variant.inputs)
     return 2 * tasks if variant.noise else 0
 
 
