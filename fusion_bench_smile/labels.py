@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 LABELS = {
@@ -16,7 +16,7 @@ LABELS = {
     "clip_layer_wise_adamerging": "AdaMerging (layer-wise)",
     "clip_task_wise_adamerging": "AdaMerging (task-wise)",
     "FlanT5LayerWiseAdaMergingAlgorithm": "AdaMerging (layer-wise)",
-    "fusion_bench_smile.SmileUpscalingAlgorithm": "SMILE (gate_k={gate_k}, k={k})",
+    "fusion_bench_smile.SmileUpscalingAlgorithm": "SMILE (gate_k={gate_k}, k={k}{beyond})",
     "SmileUpscalingAlgorithm": "SMILE of the framework (gate_k={gate_k}, k={k})",
 }
 
@@ -26,4 +26,18 @@ def label_of(method: Mapping[str, Any]) -> str:
     target = str(method.get("_target_") or method.get("name") or "unknown")
     name = target.rsplit(".", 1)[-1]
     label = LABELS.get(target) or LABELS.get(name) or name
-    return label.format_map(dict.fromkeys(("scaling_factor", "gate_k", "k"), "?") | dict(method))
+    known = dict.fromkeys(("scaling_factor", "gate_k", "k"), "?") | dict(method)
+    return label.format_map(known | {"beyond": "".join(f", {part}" for part in _beyond(method))})
+
+
+def _beyond(method: Mapping[str, Any]) -> Iterator[str]:
+    """Where our SMILE isn't the paper's."""
+    scope, ratio = method.get("routing_scope") or "token", method.get("param_ratio")
+    if method.get("calibration"):
+        yield f"calibrated by {method['calibration']}"
+    elif scope != "token":
+        yield str(scope).replace("_", "-")
+    if ratio is not None:
+        yield f"≤{ratio:g}×"
+    if method.get("storage") == "int8":
+        yield "int8"

@@ -9,8 +9,12 @@ import torch
 from conftest import clip_inputs, clip_tower, experts_of, mlp, mlp_inputs, output
 from fusion_bench.modelpool import BaseModelPool
 from lightning import Fabric
+from PIL import Image
+from transformers import CLIPImageProcessor
 
-from fusion_bench_smile import ConfigError, PlanError, SmileUpscalingAlgorithm, load, upscale
+from fusion_bench_smile import ConfigError, PlanError, SmileUpscalingAlgorithm, calibrate, load, upscale
+from fusion_bench_smile.checkpoint import section_of
+from fusion_bench_smile.modelpool import inputs_of
 
 
 @pytest.mark.parametrize("kind", ["list", "mapping", "pool"])
@@ -95,6 +99,61 @@ def test_the_configuration_is_complete():
     algorithm = SmileUpscalingAlgorithm(gate_k=2, k=4, exclude_modules=["a"], model_path="x")
     config = algorithm.config
     assert (config.gate_k, config.k, config.exclude_modules, config.model_path) == (2, 4, ["a"], "x")
+
+
+def data_set(**columns: list) -> dict[str, object]:
+    """As a pool's configuration has it."""
+    return {"_target_": "datasets.Dataset.from_dict", "_convert_": "all", "mapping": columns}
+
+
+def test_calibrates_with_the_pools_training_sets(tmp_path, caplog):
+    base = clip_tower()
+    models = {"_pretrained_": base, **dict(zip("ab", experts_of(base, 2), strict=True))}
+    options = {"gate_k": 2, "k": 4, "routing_scope": "two_pass", "param_ratio": 1.9}
+    images = {name: torch.randn(9, 3, 28, 28) + number for number, name in enumerate("ab")}
+    sets = {name: data_set(pixel_values=of.tolist(), label=[0] * 9) for name, of in images.items()}
+    pool = BaseModelPool(models, train_datasets=sets)
+    result = SmileUpscalingAlgorithm(**options, calibration=6, model_path=str(tmp_path / "model")).run(pool)
+    expected = upscale(base, {name: models[name] for name in "ab"}, calibration=6, **options)
+    drawn = torch.randperm(9, generator=torch.Generator().manual_seed(0))[:6]
+    calibrate(expected, {name: [{"pixel_values": of_task[drawn]}] for name, of_task in images.items()})
+    x = clip_inputs()
+    torch.testing.assert_close(output(result, x), output(expected, x))
+    assert torch.equal(output(load(tmp_path / "model").eval(), x), output(result, x))
+    before, after = section_of(result).recipe["parameters"]
+    assert after == sum(parameter.numel() for parameter in result.parameters()) <= 1.9 * before
+
+
+def test_calibration_refuses_what_it_can_not_do():
+    base = clip_tower()
+    models = {"_pretrained_": base, **dict(zip("ab", experts_of(base, 2), strict=True))}
+    options = {"gate_k": 2, "k": 4, "routing_scope": "two_pass"}
+    with pytest.raises(PlanError, match=r"calibration=4 needs train_datasets\.a in the model pool"):
+        SmileUpscalingAlgorithm(**options, calibration=4).run(BaseModelPool(models))
+    strange = {name: data_set(sound=[1, 2]) for name in "ab"}
+    with pytest.raises(PlanError, match="training examples of 'a' have sound"):
+        SmileUpscalingAlgorithm(**options, calibration=4).run(BaseModelPool(models, train_datasets=strange))
+    with pytest.raises(ConfigError, match="calibration=4 needs routing_scope=two_pass"):
+        SmileUpscalingAlgorithm(calibration=4)
+    with pytest.raises(ConfigError, match="calibration=-1 is not a number"):
+        SmileUpscalingAlgorithm(**options, calibration=-1)
+    with pytest.raises(ConfigError, match="refuse_unknown=true needs calibration"):
+        SmileUpscalingAlgorithm(**options, refuse_unknown=True)
+
+
+def test_training_examples_of_several_forms():
+    ids = {"input_ids": [4, 5], "attention_mask": [1, 1], "labels": [0]}
+    found = inputs_of(BaseModelPool({}), ids, "a")
+    assert {key: value.tolist() for key, value in found.items()} == {"input_ids": [[4, 5]], "attention_mask": [[1, 1]]}
+
+    class WithProcessor(BaseModelPool):
+        def load_processor(self):
+            return CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+
+    image = Image.new("RGB", (40, 30), "red")
+    expected = WithProcessor({}).load_processor()(images=image, return_tensors="pt")["pixel_values"]
+    for example in ({"image": image, "label": 3}, (image, 3)):  # of the datasets library, of torchvision
+        assert torch.equal(inputs_of(WithProcessor({}), example, "a")["pixel_values"], expected)
 
 
 def test_refusals():

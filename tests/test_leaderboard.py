@@ -62,6 +62,17 @@ def test_a_board_has_a_row_for_each_run(runs):
     assert board.notes == ["the individual models' parameters are all of theirs together"]
 
 
+def test_bytes_are_shown_where_they_are_not_the_parameters_over_again(tmp_path):
+    put(tmp_path, "SMILE (gate_k=4, k=8)", 80, 60, 150, bytes=600, pretrained_bytes=400)
+    (board,), _ = leaderboard([tmp_path])
+    assert "bytes" not in markdown(board)
+    put(tmp_path, "SMILE (gate_k=4, k=8, int8)", 80, 60, 152, bytes=450, pretrained_bytes=400)
+    (board,), _ = leaderboard([tmp_path])
+    assert board.table.set_index("method")["bytes"].tolist() == [1.5, 1.125]
+    assert "1.12×" in markdown(board)
+    assert "1.52×" in markdown(board)
+
+
 def test_benchmarks_are_never_mixed(runs):
     put(runs, "other", 10, 10, benchmark="another")
     found, _ = leaderboard([runs])

@@ -81,6 +81,27 @@ def test_any_model_within_the_budget_is_better_than_any_above():
         ({"_target_": "fusion_bench.method.TaskArithmeticAlgorithm", "scaling_factor": 0.3}, "Task Arithmetic (λ=0.3)"),
         ({"_target_": "fusion_bench_smile.SmileUpscalingAlgorithm", "gate_k": 4, "k": -1}, "SMILE (gate_k=4, k=-1)"),
         (
+            {
+                "_target_": "fusion_bench_smile.SmileUpscalingAlgorithm",
+                "gate_k": 4,
+                "k": 8,
+                "routing_scope": "two_pass",
+            },
+            "SMILE (gate_k=4, k=8, two-pass)",
+        ),
+        (
+            {
+                "_target_": "fusion_bench_smile.SmileUpscalingAlgorithm",
+                "gate_k": 4,
+                "k": 8,
+                "calibration": 16,
+                "routing_scope": "two_pass",
+                "param_ratio": 1.25,
+                "storage": "int8",
+            },
+            "SMILE (gate_k=4, k=8, calibrated by 16, ≤1.25×, int8)",
+        ),
+        (
             {"_target_": "fusion_bench.method.SmileUpscalingAlgorithm", "gate_k": 4, "k": 8},
             "SMILE of the framework (gate_k=4, k=8)",
         ),
