@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from ...leaderboard.figures import STYLES, save
 from ...leaderboard.tables import markdown_table
 from ...report import write_whole
+from .. import TASKS, text
 from .variants import BEST, GRID, INT8, MORE, OWN, PAPER, RATIOS
 
 SETS = ("gentle", "strong", "full", "lora")
@@ -29,6 +30,7 @@ ORACLE, OWN_ORACLE = "the task's own expert", "the task's own expert, own norms"
 VARIANTS = [v.name for v in (PAPER, *GRID, *MORE, *OWN, *INT8)]
 DRAWN = [PAPER.name, BEST.name, OWN[0].name, OWN[-1].name, ORACLE, OWN_ORACLE]
 RESAMPLES = 2000
+SHOWN = 1.25  # the budget whose routers are looked at
 
 
 def write_report(folder: Path, docs: Path) -> None:
@@ -62,15 +64,16 @@ def with_intervals(rows: pd.DataFrame, resamples: int = RESAMPLES) -> pd.DataFra
     if not len(rows):
         return rows
     rows = pd.concat([rows, *_oracles(rows)])
-    tasks = list(rows.columns[rows.columns.get_loc("correct") + 1 :][:8])
+    tasks = [column for column in rows if column in (*TASKS, *text.TASKS)]
     seeds = sorted(rows["seed"].unique())
     numbers = [c for c in ("ratio", "bytes", "average", "right", "if_right", "if_wrong", "own_if_wrong") if c in rows]
     groups = rows.groupby(["variant", "budget"], dropna=False, sort=False)
     found = groups[[*numbers, *tasks]].mean().reset_index()
     found = found.merge(groups[["gate_k", "allocation"]].first().reset_index(), on=["variant", "budget"])
     right = np.stack([np.stack([flags(c) for c in group.sort_values("seed")["correct"]]) for _, group in groups])
-    right = right.astype(np.float32)  # (variants, seeds, inputs)
-    of_seeds, of_inputs = _resampled(len(seeds), len(tasks), right.shape[-1] // len(tasks), resamples)
+    of_task = right.shape[-1] // len(tasks)
+    right = right[..., : of_task * len(tasks)].astype(np.float32)  # (variants, seeds, inputs), without padding
+    of_seeds, of_inputs = _resampled(len(seeds), len(tasks), of_task, resamples)
     means = np.einsum("rs,vsr->vr", of_seeds, right @ of_inputs.T)
     individual = int(found.index[found["variant"] == "individual"][0])
     found["retention"] = 100 * found["average"] / found["average"][individual]
@@ -140,7 +143,7 @@ def of_set(folder: Path, chosen: str, table: pd.DataFrame) -> Iterator[str]:
         "accuracy where it is the right one, where it is another, and what the right one would have had there:",
         "",
     ]
-    at = budgets[budgets["budget"] == RATIOS[1]].set_index("variant")
+    at = budgets[budgets["budget"] == SHOWN].set_index("variant")
     right = at.reindex([name for name in order if name in at.index and name not in (ORACLE, OWN_ORACLE)])
     digits = {"right": 1, "if_right": 1, "if_wrong": 1, "own_if_wrong": 1}
     yield from markdown_table(_named(right, digits))
@@ -159,7 +162,13 @@ def of_ideas(folder: Path, tables: Mapping[str, pd.DataFrame]) -> Iterator[str]:
     found = {chosen: measured(folder, chosen, "ideas") for chosen in tables}
     if not all(map(len, found.values())):
         return
-    yield from ["", "## Scores", "", "Inputs that find their task's expert in two passes, in percent, at 1.25×:", ""]
+    yield from [
+        "",
+        "## Scores",
+        "",
+        f"Inputs that find their task's expert in two passes, in percent, at {SHOWN:g}×:",
+        "",
+    ]
     ways = ["as it is", "against random inputs", "against all test inputs"]
     parts = []
     for chosen, table in found.items():
@@ -245,7 +254,7 @@ def of_layers(folder: Path, tables: Mapping[str, pd.DataFrame]) -> Figure:
     figure, axes = plt.subplots(len(tables), 1, figsize=(12, 3.4 * len(tables)), squeeze=False, layout="constrained")
     for axis, chosen in zip(axes[:, 0], tables, strict=True):
         rows = measured(folder, chosen)
-        rows = rows[(rows["budget"] == RATIOS[1]) & rows["variant"].isin(VARIANTS)]
+        rows = rows[(rows["budget"] == SHOWN) & rows["variant"].isin(VARIANTS)]
         shares = {name: _layer_shares(group) for name, group in rows.groupby("variant", sort=False)}
         width = max(len(values) for values in shares.values())
         grid = np.stack([np.broadcast_to(values, width) for values in shares.values()])
