@@ -109,14 +109,14 @@ def layer_rows(shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...], dev
             print(f"| {count} | mean | | {mean[0]:.2f}× | {mean[2]:.2f}× | {mean[1]:.2f}× | |", flush=True)
 
 
-def upscaled(base: nn.Module) -> nn.Module:
+def upscaled(base: nn.Module, **options: object) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     experts = [copy.deepcopy(base) for _ in range(EXPERTS)]
     for expert in experts:
         for module in expert.modules():
             if isinstance(module, nn.Linear):
                 module.weight.data += delta(tuple(module.weight.shape), generator)  # type: ignore[arg-type]
-    return upscale(base, experts, gate_k=GATE_K, k=K)
+    return upscale(base, experts, gate_k=GATE_K, k=K, **options)
 
 
 def tower_row(device: torch.device, dtype: torch.dtype, batch: int, depth: int) -> None:

@@ -42,8 +42,8 @@ class SmileConfig:
         routing_scope: what shares one choice of experts: every ``"token"`` of every layer has its own (the paper), a
             ``"sequence"`` has one for each layer, a ``"global"`` one goes by all layers so far, and in ``"two_pass"``
             the pretrained model sees the input first, which then has one choice for all layers; see `scopes`.
-        routing_score: what says how well an expert fits: ``"norm"`` (the paper), ``"weighted"``, ``"relative"`` or
-            ``"output"``; see `layers.Routed.scores`.
+        routing_score: what says how well an expert fits: ``"norm"`` (the paper), ``"weighted"``, ``"relative"``,
+            ``"dual"`` or ``"output"``; see `layers.Routed.scores`.
         noise_baseline: compare each expert's score with what random inputs get (needs ``two_pass``): for LoRA experts,
             some of which score high whatever the input.
         expert_parameters: what of an expert is used: its ``"layers"``, its ``"norms"`` too, or ``"all"``, embeddings

@@ -29,7 +29,9 @@ ROUTED = (*ROWS, *(f"{name}_scale" for name in ROWS), "expert_bias")
 SAVED_FROM, SAVED_FROM_WEIGHTED = 10_000_000, 40_000_000
 SAME_TIME = 8
 Execution = Literal["auto", "grouped", "masked", "merged"]
-Score = Literal["norm", "weighted", "relative", "output"]
+Score = Literal["norm", "weighted", "relative", "dual", "output"]
+SHARES_OF_ENERGY = ("relative", "dual")  # of several layers, these are multiplied
+RIDGE = 0.03  # of the router rows' products with each other, which are 1 for each with itself
 Storage = Literal["same", "int8"]
 See = Callable[[Tensor, Tensor, Tensor], None]
 Groups = tuple[int, list[tuple[int, Tensor]]]  # number of inputs; each expert that serves some, and which ones (n,)
@@ -259,6 +261,7 @@ class Routed(nn.Module):
         - ``"norm"``, the paper's: (Σⱼ pᵢⱼ²)^½;
         - ``"weighted"``: (Σⱼ (sᵢⱼ/sᵢ₁)² pᵢⱼ²)^½, by relative singular values, of the rows that the expert has itself;
         - ``"relative"``: Σⱼ pᵢⱼ² / ‖x‖², the share of the token's energy, the same for large and small tokens;
+        - ``"dual"``: the same of cᵢⱼ, the coefficients of x in the dual basis of all experts' rows (`_coefficients`);
         - ``"output"``: (Σⱼ sᵢⱼ² pᵢⱼ²)^½ / ‖W₀x + b₀‖, what the expert would change of the layer's output.
         """
         projected = self._projected(x)
@@ -267,13 +270,13 @@ class Routed(nn.Module):
     def energies(self, x: Tensor) -> Tensor | None:
         """What each expert's router rows capture of each token's energy ‖x‖²: (…, 2·T), None without a router.
 
-        First Σⱼ pᵢⱼ² / ‖x‖² of all experts, then Σⱼ sᵢⱼ² pᵢⱼ² / ‖x‖².
+        First the score ``"dual"`` of all experts, then Σⱼ sᵢⱼ² pᵢⱼ² / ‖x‖².
         """
         projected = self._projected(x)
         if projected is None:
             return None
         weighted = projected * self.singular_values.to(projected.dtype)
-        both = torch.cat([self._norms(projected), self._norms(weighted)], dim=-1)
+        both = torch.cat([self._norms(self._coefficients(projected)), self._norms(weighted)], dim=-1)
         return both.square() / self.token_energies(x)
 
     @property
@@ -306,13 +309,27 @@ class Routed(nn.Module):
         kind = self.layout.score
         if kind == "norm":
             return self._norms(projected)
-        if kind == "relative":
-            return self._norms(projected).square() / self.token_energies(x)
+        if kind in SHARES_OF_ENERGY:
+            parts = projected if kind == "relative" else self._coefficients(projected)
+            return self._norms(parts).square() / self.token_energies(x)
         values = self.singular_values.to(projected.dtype)
         if kind == "weighted":
             return self._norms(projected * self._relative(values))
         size = torch.linalg.vector_norm(out, dim=-1, keepdim=True, dtype=projected.dtype)
         return self._norms(projected * values) / size.clamp(min=torch.finfo(size.dtype).tiny)
+
+    def _coefficients(self, projected: Tensor) -> Tensor:
+        """What of all experts' router rows G together gives x best: (GGᵀ + ridge)⁻¹ Gx, (…, Σ gate_ranks).
+
+        A direction that several experts have is shared out among them, so that what all inputs have in common, which
+        the rows of LoRA's random A all see, tells little; what one expert alone has tells all.
+        """
+        gate = self.rows("gate")
+        assert gate is not None
+        gate = gate.to(projected.dtype)
+        with torch.autocast(projected.device.type, enabled=False):
+            gram = gate @ gate.mT + RIDGE * torch.eye(len(gate), dtype=gate.dtype, device=gate.device)
+            return projected @ torch.linalg.inv_ex(gram).inverse  # without waiting for an accelerator
 
     def _norms(self, projected: Tensor) -> Tensor:
         """The norm of each expert's columns of (…, Σ gate_ranks): (…, T)."""

@@ -21,7 +21,8 @@ class Prototypes(nn.Module):
     """Prototypes of T tasks in a space of D = L·2·T features.
 
     The features of an input are logarithms of shares of its tokens' energy, for each of L layers: first, for all
-    experts, that on the router rows, then that on the rows weighted by singular values (`layers.Routed.energies`).
+    experts, that of the coefficients on their router rows, then that on the rows weighted by singular values
+    (`layers.Routed.energies`).
 
     The covariance is Σⱼ λⱼ pⱼpⱼᵀ + λ₀(1 − Σⱼ pⱼpⱼᵀ), of features divided by their own deviation.
 

@@ -7,7 +7,7 @@ The paper's router decides token by token, layer by layer. Here all tokens of an
 - ``two_pass``: one for all layers. The pretrained model alone sees the input first, and the scores of all its layers
   decide; then the experts are used. What else an expert changed, norms and embeddings, can be its own then too.
 
-The scores of several layers are averaged; relative ones, which are shares of the energy, are multiplied (their
+The scores of several layers are averaged; those that are shares of the energy are multiplied (their
 logarithms are added), as what independent witnesses say.
 
 Each input is decided for on its own: which others are in its batch, and in what order, doesn't matter. Padding doesn't
@@ -24,7 +24,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from .layers import Groups, Routed
+from .layers import SHARES_OF_ENERGY, Groups, Routed
 from .prototypes import Prototypes
 
 Scope = Literal["token", "sequence", "global", "two_pass"]
@@ -144,7 +144,7 @@ class InputRouter(nn.Module):
             scores = self.scores if self.scope == "global" else None
             scores = x.new_zeros(self._inputs, self.experts) if scores is None else scores
         elif self.scope == "global":
-            scores = self._with_others(scores, layer.layout.score == "relative")
+            scores = self._with_others(scores, layer.layout.score in SHARES_OF_ENERGY)
         self.scores, self._kept[layer] = scores, shares(scores, self.top_k)
         if layer.see is not None and of_tokens is not None:
             layer.see(scores.detach(), *layer.chosen(scores.detach()))
@@ -155,14 +155,14 @@ class InputRouter(nn.Module):
         if of_tokens is None:
             return
         if not self._describing:
-            self.scores = self._with_others(self._of_inputs(layer, of_tokens), layer.layout.score == "relative")
+            self.scores = self._with_others(self._of_inputs(layer, of_tokens), layer.layout.score in SHARES_OF_ENERGY)
         else:
             self._features.append(self._mean(of_tokens).clamp(min=SMALLEST).log().float())
 
     def _of_inputs(self, layer: Routed, of_tokens: Tensor) -> Tensor:
         """Of the tokens' scores, the inputs': (B, T)."""
         scores = self._mean(of_tokens)
-        return scores.clamp(min=SMALLEST).log() if layer.layout.score == "relative" else scores
+        return scores.clamp(min=SMALLEST).log() if layer.layout.score in SHARES_OF_ENERGY else scores
 
     def _with_others(self, scores: Tensor, relative: bool) -> Tensor:
         """The scores of all layers so far."""

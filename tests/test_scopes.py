@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlamaForCausalLM, T5ForConditionalGeneration
 
 from fusion_bench_smile import ConfigError, PlanError, as_expert, load, record_routing, save, upscale
-from fusion_bench_smile.layers import Routed
+from fusion_bench_smile.layers import RIDGE, Routed
 from fusion_bench_smile.scopes import ROUTER, InputRouter
 
 SCOPES = ("sequence", "global", "two_pass")
-SCORES = ("norm", "weighted", "relative", "output")
+SCORES = ("norm", "weighted", "relative", "dual", "output")
 
 
 def router_of(model: nn.Module) -> InputRouter:
@@ -127,6 +127,35 @@ def test_two_pass_is_decided_by_the_pretrained_model_alone(tower: nn.Module) -> 
     output(model, inputs)
     torch.testing.assert_close(router_of(model).scores, expected)
     assert torch.equal(choice_of(model).argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("storage", ["same", "int8"])
+def test_scores_are_what_they_say(tower: nn.Module, score: str, storage: str) -> None:
+    """Against float64 algebra, of rows that overlap."""
+    model = upscale(tower, experts_of(tower), k=8, gate_k=4, routing_score=score, storage=storage)
+    layer = next(layer for layer in model.modules() if isinstance(layer, Routed))
+    x = torch.randn(2, 5, layer.weight.shape[1])
+    out = nn.functional.linear(x, layer.weight, layer.bias).double()
+    rows = [layer.rows("gate", layer.layout.gate_ranks, expert).double() for expert in range(3)]
+    values = [layer.rows("up", layer.layout.low_ranks, e)[: len(rows[e])].double().norm(dim=1) for e in range(3)]
+    y, everything = x.double(), torch.cat(rows)
+    gram = everything @ everything.mT + RIDGE * torch.eye(len(everything), dtype=torch.double)
+    coefficients = torch.linalg.solve(gram, (y @ everything.mT).flatten(0, 1).mT).mT.view(2, 5, -1).split([4] * 3, -1)
+    size = y.square().sum(-1)
+    each = {
+        "norm": [(y @ r.mT).norm(dim=-1) for r in rows],
+        "weighted": [((y @ r.mT) * s / s[0]).norm(dim=-1) for r, s in zip(rows, values, strict=True)],
+        "relative": [(y @ r.mT).square().sum(-1) / size for r in rows],
+        "dual": [c.square().sum(-1) / size for c in coefficients],
+        "output": [((y @ r.mT) * s).norm(dim=-1) / out.norm(dim=-1) for r, s in zip(rows, values, strict=True)],
+    }
+    expected = torch.stack(each[score], dim=-1).float()
+    torch.testing.assert_close(layer.scores(x, out.float()), expected, atol=1e-4, rtol=1e-3)
+    energies = layer.energies(x)
+    weighted = [((y @ r.mT) * s).square().sum(-1) / size for r, s in zip(rows, values, strict=True)]
+    both = torch.stack([*each["dual"], *weighted], dim=-1).float()
+    torch.testing.assert_close(energies, both, atol=1e-4, rtol=1e-3)
 
 
 def test_global_goes_by_all_layers_so_far(tower: nn.Module) -> None:

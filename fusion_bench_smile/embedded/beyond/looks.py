@@ -12,17 +12,16 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ...layers import Routed, Score
+from ...layers import RIDGE, SHARES_OF_ENERGY, Routed, Score
 from ...prototypes import Prototypes
 from ...scopes import SMALLEST, InputRouter, detach, entrances, shares
 from .variants import Variant
 
-RIDGE = 0.1  # of the gates' products, whose diagonal is 1
 LEADING = 16  # directions of the pretrained layer's input
+AVERAGED = tuple(kind for kind in get_args(Score) if kind not in SHARES_OF_ENERGY)  # over layers
 # data-free scores that were tried and are no options
 IDEAS = {
-    "dual": "energy of the coefficients of x in the dual basis of all experts' router rows (ridge 0.1)",
-    "orthogonalised": "energy on all experts' router rows after symmetric orthogonalisation (ridge 0.1)",
+    "orthogonalised": "energy on all experts' router rows after symmetric orthogonalisation",
     "deflated": f"energy outside the {LEADING} leading input directions of W₀",
     "expected": "energy over what inputs with the covariance W₀ᵀW₀ would have",
     "output side": "energy of W₀x + b₀ on the left singular vectors of ΔWᵢ",
@@ -45,7 +44,7 @@ class Looks:
     def total(self, kind: str) -> Tensor:
         """The scores of all layers together, as the two-pass router combines them: (N, T)."""
         layers = self.scores[kind]
-        return layers.mean(dim=0) if kind in ("norm", "weighted", "output") else layers.clamp(min=SMALLEST).log().sum(0)
+        return layers.mean(dim=0) if kind in AVERAGED else layers.clamp(min=SMALLEST).log().sum(0)
 
     def standardised(self, kind: str) -> Tensor:
         """What inputs that belong to nobody have for each layer: mean and deviation, (2, L, 1, T)."""
@@ -59,7 +58,7 @@ class Looks:
 
     def _values(self, kind: str) -> Tensor:
         layers = self.scores[kind]
-        return layers if kind in ("norm", "weighted", "output") else layers.clamp(min=SMALLEST).log()
+        return layers if kind in AVERAGED else layers.clamp(min=SMALLEST).log()
 
     def decided(self, variant: Variant, neutral: Looks, calibration: Sequence[Tensor]) -> Tensor:
         """The weights of the experts for each input, (N, T), as a model with the variant's options decides.
@@ -139,7 +138,7 @@ def _ideas(layer: Routed) -> dict[str, Made]:
     gate, layout = gate.float(), layer.layout
     values, vectors = torch.linalg.eigh(gate @ gate.mT)
     values = values.clamp(min=0) + RIDGE
-    dual, half = (vectors * values**power @ vectors.mT for power in (-1.0, -0.5))
+    half = vectors * values**-0.5 @ vectors.mT
     leading = torch.linalg.svd(weight, full_matrices=False).Vh[:LEADING]  # (r, in)
     outside = gate - gate @ leading.mT @ leading
     of_experts = gate.split(list(layout.gate_ranks))
@@ -156,7 +155,6 @@ def _ideas(layer: Routed) -> dict[str, Made]:
         return torch.stack(captured, dim=-1) / out.square().sum(-1, keepdim=True).clamp(min=SMALLEST)
 
     return {
-        "dual": lambda x, out, projected: energy(projected @ dual) / layer.token_energies(x),
         "orthogonalised": lambda x, out, projected: energy(projected @ half) / layer.token_energies(x),
         "deflated": lambda x, out, projected: (
             energy(x @ outside.mT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
@@ -274,6 +274,30 @@ def _ideas(at: Bench, ranks: Ranks, store: FactorStore) -> Iterator[dict[str, An
         }
         right = {way: 100 * (scores.argmax(-1) == own).float().mean().item() for way, scores in ways.items()}
         yield {"score": kind, "what": IDEAS.get(kind, "an option"), **right}
+    described: dict[str, tuple[Callable[[Any], Tensor], str]] = {
+        "by layers' energies": (
+            lambda batch: look(bare, [batch], tasks).features,
+            "prototypes as calibration has them",
+        ),
+        "by hidden states": (partial(_states, at.pretrained()), "prototypes of the mean token of each hidden state"),
+    }
+    for name, (features, what) in described.items():
+        prototypes = Prototypes._fitted([_described(at, task, "train", CALIBRATION[-1], features) for task in at.tasks])
+        away = prototypes.distances(torch.cat([_described(at, task, "test", count, features) for task in at.tasks]))
+        share = 100 * (away.argmin(-1) == own).float().mean().item()
+        yield {"score": name, "what": f"{what}, of {CALIBRATION[-1]} inputs of each task, alone", "as it is": share}
+
+
+@torch.no_grad()
+def _states(pretrained: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The mean token of each hidden state: (B, blocks · D)."""
+    states = torch.stack(pretrained(**batch, output_hidden_states=True).hidden_states, dim=1)  # (B, blocks, N, D)
+    mask = batch.get("attention_mask", torch.ones(states.shape[0], states.shape[2]))[:, None, :, None]
+    return ((states * mask).sum(2) / mask.sum(2)).flatten(1)
+
+
+def _described(at: Bench, task: str, split: str, count: int, features: Callable[[Any], Tensor]) -> Tensor:
+    return torch.cat([features(batch) for batch, _ in at.batches(task, split, count)])
 
 
 def _unknown(at: Bench, ranks: Ranks, store: FactorStore) -> Iterator[dict[str, Any]]:

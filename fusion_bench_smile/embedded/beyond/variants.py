@@ -50,7 +50,7 @@ class Variant:
 PAPER = Variant("token", paper=True)
 # a token's relative scores rank the experts as their norms do
 GRID = [Variant(o, s) for o, s in product(get_args(Scope), get_args(Score)) if (o, s) != ("token", "relative")]
-BEST = Variant("two_pass", "relative")
+BEST = Variant("two_pass", "dual")
 MORE = [
     replace(BEST, top_k=2),
     replace(BEST, noise=True),

@@ -1,0 +1,58 @@
+"""What one choice for a whole input costs: every routing scope against the plain model, as ratios.
+
+    python benchmarks/scopes.py                     # a vision tower of ViT-B/32's width
+    python benchmarks/scopes.py --device cuda --dtype bfloat16 --depth 12
+
+Eight experts, gate_k=16, k=32, top_k=1, random weights and images. All models take turns in one run; the figures are
+medians. In two passes, the pretrained model sees the input first, so that twice the plain model is the least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from functools import partial
+
+import torch
+from forward import interleaved, upscaled
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+SCOPES = {
+    "token": {},
+    "sequence": {"routing_scope": "sequence"},
+    "global": {"routing_scope": "global"},
+    "two_pass": {"routing_scope": "two_pass"},
+    "two_pass, merged": {"routing_scope": "two_pass", "execution": "merged"},
+}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--depth", type=int, default=3, help="layers of the tower (default: 3)")
+    parser.add_argument("--batches", type=int, nargs="+", default=(1, 8, 32, 128))
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each batch size (default: 20)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    print(f"{name}, {options.dtype}, {options.threads} CPU threads, PyTorch {torch.__version__}\n")
+    torch.manual_seed(0)
+    base = CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=options.depth)).eval()
+    models = {scope: upscaled(base, **how).to(device, dtype) for scope, how in SCOPES.items()}
+    models = {"plain": base.to(device, dtype), **models}
+    print(f"| images | experts used | plain (ms) | {' | '.join(SCOPES)} |")
+    print(f"|---:|---:|---:|{'---:|' * len(SCOPES)}")
+    for count in options.batches:
+        pixels = torch.randn(count, 3, 224, 224, device=device, dtype=dtype)
+        seconds = interleaved({n: partial(m, pixels) for n, m in models.items()}, device, options.seconds)
+        ratios = [f"{seconds[scope] / seconds['plain']:.2f}×" for scope in SCOPES]
+        used = int((models["two_pass"].smile_router.choice > 0).any(dim=0).sum())
+        print(f"| {count} | {used} | {seconds['plain'] * 1e3:.1f} | {' | '.join(ratios)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
