@@ -131,6 +131,17 @@ def examples(task: str, dataset: Dataset) -> list[Example]:
     return [preprocessor.preprocess(**{column: row[column] for column in columns}) for row in dataset]
 
 
+def tokenized(task: str, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The prompts of a task as the model takes them, for calibration: columns ``input_ids``, ``attention_mask``.
+
+    Raises:
+        SmileError: see `examples`.
+    """
+    prompts = [prompt for prompt, _ in examples(_glue_name(task), dataset)]
+    tokens = tokenizer(prompts, truncation=True)
+    return Dataset.from_dict({name: tokens[name] for name in ("input_ids", "attention_mask")})
+
+
 def accuracy(pairs: Sequence[tuple[str, str]]) -> float:
     """The share of answers that are exactly what was expected."""
     return sum(answer == target for answer, target in pairs) / len(pairs)

@@ -6,19 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from test_cli import on_one_and_two_processes
 
+from fusion_bench_smile import SmileUpscalingAlgorithm
 from fusion_bench_smile.embedded.glue import (
     DATA,
     TASKS,
     load_expert,
+    load_inputs,
     load_pretrained,
     load_sentences,
     load_tokenizer,
 )
 from fusion_bench_smile.errors import SmileError
 from fusion_bench_smile.glue import GlueTextTaskPool, examples
+from fusion_bench_smile.scopes import ROUTER
 
 CONFIG = Path(__file__).parent.parent / "config"
 
@@ -70,3 +74,16 @@ def test_one_process_and_two_give_the_same_report(tmp_path):
     one, two = on_one_and_two_processes("method=smile_upscaling", *common, *few, folder=tmp_path)
     assert one == two
     assert one["glue-rte"]["samples"] == one["glue-stsb"]["samples"] == 400
+
+
+def test_the_t5_is_calibrated_by_its_training_prompts():
+    pool = instantiate(OmegaConf.load(CONFIG / "modelpool" / "SmileGLUE" / "tiny-t5.yaml"))
+    options = {"gate_k": 4, "k": 8, "routing_scope": "two_pass", "routing_score": "dual", "calibration": 16}
+    model = SmileUpscalingAlgorithm(**options).run(pool)
+    right = []
+    for number, task in enumerate(TASKS):
+        for example in load_inputs(task, "validation").select(range(12)):
+            with torch.no_grad():
+                model.get_encoder()(**{key: torch.tensor(value)[None] for key, value in example.items()})
+            right.append(model.get_submodule(ROUTER).choice.argmax().item() == number)
+    assert sum(right) > 0.8 * len(right)  # the prompts of most tasks begin alike

@@ -47,6 +47,17 @@ def load_sentences(task: str, split: Split = "validation") -> Dataset:
     return read_table(DATA / "sentences" / f"{task}-{split}.parquet")
 
 
+def load_inputs(task: str, split: Split = "train") -> Dataset:
+    """The prompts of a task as the T5 takes them: columns ``input_ids``, ``attention_mask``.
+
+    Raises:
+        SmileError: for an unknown task or split.
+    """
+    from ...glue import tokenized
+
+    return tokenized(task, load_sentences(task, split), load_tokenizer())
+
+
 def expert_folder(task: str) -> Path:
     """The folder with the adapter of one expert.
 

@@ -75,12 +75,12 @@ def load_inputs(task: str, split: Split = "train") -> Dataset:
     Raises:
         SmileError: for an unknown task or split.
     """
+    from datasets import Dataset
+
     from ...text_classification import batch_of, examples
 
     tokenizer, texts = load_tokenizer(), load_texts(task, split)
-    tokens = [batch_of(tokenizer, [text]) for text in examples(task, texts)[0]]
-    from datasets import Dataset
-
+    tokens = [batch_of(tokenizer, [one]) for one in examples(task, texts)[0]]
     return Dataset.from_list([{name: value[0].tolist() for name, value in one.items()} for one in tokens])
 
 
