@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -292,9 +293,16 @@ def on_one_and_two_processes(*arguments: str, folder: Path) -> list[dict]:
     return [report_of(folder / name) for name in ("one", "two")]
 
 
-def test_two_processes_report_and_save_like_one(tmp_path):
+BEYOND_THE_PAPER = [
+    "method.routing_scope=two_pass", "method.routing_score=dual", "method.top_k=2", "method.expert_parameters=norms",
+    "method.calibration=8", "method.param_ratio=1.2", "method.allocation=energy", "method.storage=int8",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [[], BEYOND_THE_PAPER], ids=["the paper's", "beyond the paper"])
+def test_two_processes_report_and_save_like_one(options, tmp_path):
     """Two CPU processes (gloo): each evaluates its share, the report is the whole's, one checkpoint is written."""
-    common = [*EMBEDDED, "method.gate_k=4", "method.k=8", "print_config=false"]
+    common = [*EMBEDDED, "method.gate_k=4", "method.k=8", *options, "print_config=false"]
     for task in ("clothes", "animals", "textures", "planets", "letters", "kana"):
         common += [f"~modelpool.models.{task}", f"~taskpool.test_datasets.{task}"]
     one, two = on_one_and_two_processes(*common, "merged_model_save_path=saved", folder=tmp_path)
@@ -314,6 +322,15 @@ def test_a_dry_run_says_what_would_be_done_and_stops(tmp_path):
     assert "time to factor" in done.stdout
     assert "Traceback" not in done.stdout
     assert "report" not in done.stdout.split("time to factor")[1]
+
+
+def test_a_dry_run_says_what_a_budget_buys(tmp_path):
+    budget = ["method.dry_run=true", "method.gate_k=2", "method.k=8", "taskpool=dummy"]
+    done = Workplace(tmp_path).run(*budget, "method.param_ratio=2.0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"ranks of q_proj\W+\d+ to \d+, mean \d", done.stdout)
+    assert "parameters added by param_ratio" in done.stdout
+    fails_with(Workplace(tmp_path).run(*budget, "method.param_ratio=1.01"), "lower gate_k, or raise param_ratio")
 
 
 def test_a_sweep_factors_nothing_twice(tmp_path):
