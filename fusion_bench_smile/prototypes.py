@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 DIRECTIONS = 64  # of the covariance; in all others it is the same
 SHRINKAGE = 0.2
-QUANTILE, FOLDS = 0.99, 4
+QUANTILE, FOLDS = 0.95, 4
 
 
 class Prototypes(nn.Module):
@@ -32,7 +32,7 @@ class Prototypes(nn.Module):
         directions: (r, D), the pⱼ, divided by λⱼ^½.
         rest: (1,), λ₀.
         variances: (r,), the λⱼ.
-        radius: (1,), the distance within which nearly all inputs have their prototype: that of inputs which the
+        radius: (1,), the distance within which 95 % of inputs have their prototype: that of inputs which the
             prototypes were not fitted to, by cross-validation; infinite where there are too few.
         trust: (2,), the weights of the prototypes' logarithmic likelihood −d²/2 and of the experts' scores, Σ over the
             layers of the features' first kind; by cross-validation, least cross-entropy.
