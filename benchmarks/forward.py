@@ -152,20 +152,30 @@ def decoding_row(device: torch.device, dtype: torch.dtype, steps: int = 32) -> N
     )
 
 
-@torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--depth", type=int, default=12, help="layers of the whole tower (default: 12); 0 leaves it out"
-    )
-    options = parser.parse_args()
+
+
+def set_up(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype that the options name; prints where the figures come from."""
     torch.set_num_threads(options.threads)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     print(f"{name}, {options.dtype}, {options.threads} CPU threads, PyTorch {torch.__version__}\n")
+    return device, dtype
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_device(parser)
+    parser.add_argument(
+        "--depth", type=int, default=12, help="layers of the whole tower (default: 12); 0 leaves it out"
+    )
+    options = parser.parse_args()
+    device, dtype = set_up(options)
     print(
         "| tokens | layer | ms | ours / plain | bound | faster than the framework's | MB beyond plain: ours, theirs |"
     )

@@ -10,11 +10,10 @@ medians. In two passes, the pretrained model sees the input first, so that twice
 from __future__ import annotations
 
 import argparse
-import platform
 from functools import partial
 
 import torch
-from forward import interleaved, upscaled
+from forward import add_device, interleaved, set_up, upscaled
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 SCOPES = {
@@ -29,17 +28,12 @@ SCOPES = {
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int, default=2)
+    add_device(parser)
     parser.add_argument("--depth", type=int, default=3, help="layers of the tower (default: 3)")
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8, 32, 128))
     parser.add_argument("--seconds", type=float, default=20.0, help="for each batch size (default: 20)")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    print(f"{name}, {options.dtype}, {options.threads} CPU threads, PyTorch {torch.__version__}\n")
+    device, dtype = set_up(options)
     torch.manual_seed(0)
     base = CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=options.depth)).eval()
     models = {scope: upscaled(base, **how).to(device, dtype) for scope, how in SCOPES.items()}
