@@ -147,11 +147,12 @@ def tables(small: Small) -> tuple[Path, pd.DataFrame]:
     assert [ranks["ratio"] for ranks in found["ours"]] == [1.9]
     paper, ours = ([Ranks(**values) for values in found[name]] for name in ("paper", "ours"))
     for seed in (0, 1):
-        rows = pd.DataFrame(measure._rows(small, paper, ours, found["scaling"], store)).assign(set="gentle", seed=seed)
-        rows.to_csv(folder / f"gentle-{seed}-rows.csv", index=False)
+        made = {"rows": measure._rows(small, paper, ours, store), "merged": measure._merged(small, found["scaling"])}
+        for name, rows in made.items():
+            pd.DataFrame(rows).assign(set="gentle", seed=seed).to_csv(folder / f"gentle-{seed}-{name}.csv", index=False)
         pd.DataFrame(measure._ideas(small, ours[0], store)).to_csv(folder / f"gentle-{seed}-ideas.csv", index=False)
         pd.DataFrame(measure._unknown(small, ours[0], store)).to_csv(folder / f"gentle-{seed}-unknown.csv", index=False)
-    return folder, report.with_intervals(report.measured(folder, "gentle"), resamples=50)
+    return folder, report.with_intervals(report.everything_of(folder, "gentle"), resamples=50)
 
 
 def test_the_whole_study_in_small(small: Small, tables: tuple[Path, pd.DataFrame], monkeypatch, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -51,7 +52,7 @@ log = logging.getLogger(__name__)
 GATES = (32, 16, 8, 4, 2, 1)
 CANDIDATES = 2  # of the gate ranks that fit a budget, the largest
 VALIDATION = {"gentle": 50, "strong": 50, "full": 30, "lora": 30}  # inputs of each task
-TEST = {"gentle": 100, "strong": 100, "full": 64, "lora": 64}
+TEST = {"gentle": 100, "strong": 100, "full": 40, "lora": 40}
 Experts = Mapping[str, nn.Module]
 
 
@@ -65,18 +66,18 @@ def measure(root: Path, chosen: str) -> None:
         write_whole(settings, json.dumps(choices(bench(root, chosen, SEEDS[0]), store), indent=1))
     found = json.loads(settings.read_text())
     paper, ours = ([Ranks(**values) for values in found[name]] for name in ("paper", "ours"))
-    for seed in SEEDS:
-        at = bench(root, chosen, seed)
-        tables = {
-            "rows": partial(_rows, at, paper, ours, found["scaling"], store),
-            "ideas": partial(_ideas, at, ours[RATIOS.index(1.25)], store),
-            "unknown": partial(_unknown, at, ours[RATIOS.index(1.5)], store),
-        }
-        for name, made in tables.items():
-            file = folder / f"{chosen}-{seed}-{name}.csv"
-            if not file.exists():
-                write_whole(file, pd.DataFrame(list(made())).assign(set=chosen, seed=seed).to_csv(index=False))
-                log.info("%s", file)
+    tables: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
+        "rows": lambda at: _rows(at, paper, ours, store),
+        "merged": lambda at: _merged(at, found["scaling"]),
+        "ideas": lambda at: _ideas(at, ours[RATIOS.index(1.25)], store),
+        "unknown": lambda at: _unknown(at, ours[RATIOS.index(1.5)], store),
+    }
+    for name, seed in product(tables, SEEDS):
+        file = folder / f"{chosen}-{seed}-{name}.csv"
+        if not file.exists():
+            rows = list(tables[name](bench(root, chosen, seed)))
+            write_whole(file, pd.DataFrame(rows).assign(set=chosen, seed=seed).to_csv(index=False))
+            log.info("%s", file)
 
 
 def choices(at: Bench, store: FactorStore) -> dict[str, Any]:
@@ -119,14 +120,16 @@ def build(at: Bench, experts: Experts, ranks: Ranks, variant: Variant, store: Fa
     return upscale(at.pretrained(), dict(experts), ranks.config(at.chosen, variant), store=store).eval()
 
 
-def _rows(
-    at: Bench, paper: list[Ranks], ours: list[Ranks], scaling: dict[str, float], store: FactorStore
-) -> Iterator[dict[str, Any]]:
+def _merged(at: Bench, scaling: dict[str, float]) -> Iterator[dict[str, Any]]:
+    count = TEST[at.chosen]
+    for name, model in merged(at, scaling, count):
+        yield {"variant": name, "ratio": 1.0, **_plain(at, dict.fromkeys(at.tasks, model), count)}
+
+
+def _rows(at: Bench, paper: list[Ranks], ours: list[Ranks], store: FactorStore) -> Iterator[dict[str, Any]]:
     experts, pretrained, count = at.experts(), at.pretrained(), TEST[at.chosen]
     yield {"variant": "individual", "ratio": float(len(experts)), **_plain(at, experts, count)}
     yield {"variant": "pretrained", "ratio": 1.0, **_plain(at, dict.fromkeys(at.tasks, pretrained), count)}
-    for name, model in merged(at, scaling, count):
-        yield {"variant": name, "ratio": 1.0, **_plain(at, dict.fromkeys(at.tasks, model), count)}
     seen: dict[tuple[str, int, int], dict[str, Any]] = {}
     looked: dict[tuple[int, str], Seen] = {}  # by router rows and how they are stored: ranks make no difference
     for of_paper, of_ours in zip(paper, ours, strict=True):

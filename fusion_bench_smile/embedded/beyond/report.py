@@ -35,7 +35,7 @@ SHOWN = 1.25  # the budget whose routers are looked at
 
 def write_report(folder: Path, docs: Path) -> None:
     """Write ``routing_results.md``, ``.csv`` and the pictures of what lies in `folder` into `docs`."""
-    tables = {chosen: table for chosen in SETS if len(table := with_intervals(measured(folder, chosen)))}
+    tables = {chosen: table for chosen in SETS if len(table := with_intervals(everything_of(folder, chosen)))}
     everything = pd.concat([table.assign(set=chosen) for chosen, table in tables.items()])
     columns = ["set", "variant", "budget", "ratio", "bytes", "retention", "low", "high", "average", "right", "closed"]
     write_whole(docs / "routing_results.csv", everything[columns].round(4).to_csv(index=False))
@@ -49,6 +49,13 @@ def measured(folder: Path, chosen: str, name: str = "rows") -> pd.DataFrame:
     """The tables of all seeds."""
     files = sorted(folder.glob(f"{chosen}-[0-9]*-{name}.csv"))
     return pd.concat(map(pd.read_csv, files)) if files else pd.DataFrame()
+
+
+def everything_of(folder: Path, chosen: str) -> pd.DataFrame:
+    """What was measured of every model, merged ones where they were for all seeds."""
+    rows, merged = measured(folder, chosen), measured(folder, chosen, "merged")
+    complete = len(merged) and set(merged["seed"]) == set(rows["seed"])
+    return pd.concat([rows, merged]) if complete else rows
 
 
 def flags(packed: str) -> np.ndarray:
