@@ -166,8 +166,8 @@ def of_set(folder: Path, chosen: str, table: pd.DataFrame) -> Iterator[str]:
 
 def of_ideas(folder: Path, tables: Mapping[str, pd.DataFrame]) -> Iterator[str]:
     """Which scores find the expert of an input in two passes."""
-    found = {chosen: measured(folder, chosen, "ideas") for chosen in tables}
-    if not all(map(len, found.values())):
+    found = {chosen: table for chosen in tables if len(table := measured(folder, chosen, "ideas"))}
+    if not found:
         return
     yield from [
         "",
