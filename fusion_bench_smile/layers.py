@@ -251,12 +251,12 @@ class Routed(nn.Module):
         each = SAVED_FROM if layout.top_k == 1 else SAVED_FROM_WEIGHTED
         return saved > each * min(layout.num_experts, tokens * layout.top_k)
 
-    def scores(self, x: Tensor, out: Tensor | None = None) -> Tensor | None:
+    def scores(self, x: Tensor, out: Tensor | None = None, kind: Score | None = None) -> Tensor | None:
         """How well each expert fits each token of x: (…, T), in float32 or, for float64 input, float64.
 
         None where the layer has no router: it has one expert, or only biases were changed. `out` is what the plain
         layer makes of x, which the score ``"output"`` needs. With pᵢⱼ = vᵢⱼᵀx, the projections on an expert's router
-        rows, the layout's `score` is one of
+        rows, `kind`, by default the layout's `score`, is one of
 
         - ``"norm"``, the paper's: (Σⱼ pᵢⱼ²)^½;
         - ``"weighted"``: (Σⱼ (sᵢⱼ/sᵢ₁)² pᵢⱼ²)^½, by relative singular values, of the rows that the expert has itself;
@@ -265,7 +265,7 @@ class Routed(nn.Module):
         - ``"output"``: (Σⱼ sᵢⱼ² pᵢⱼ²)^½ / ‖W₀x + b₀‖, what the expert would change of the layer's output.
         """
         projected = self._projected(x)
-        return None if projected is None else self._scores(x, x if out is None else out, projected)
+        return None if projected is None else self._scores(x, x if out is None else out, projected, kind)
 
     def energies(self, x: Tensor) -> Tensor | None:
         """What each expert's router rows capture of each token's energy ‖x‖²: (…, 2·T), None without a router.
@@ -305,8 +305,8 @@ class Routed(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.project(x.to(dtype), gate.to(dtype))
 
-    def _scores(self, x: Tensor, out: Tensor, projected: Tensor) -> Tensor:
-        kind = self.layout.score
+    def _scores(self, x: Tensor, out: Tensor, projected: Tensor, kind: Score | None = None) -> Tensor:
+        kind = kind or self.layout.score
         if kind == "norm":
             return self._norms(projected)
         if kind in SHARES_OF_ENERGY:

@@ -3,7 +3,8 @@
 Every task is a prototype in the space of what the pretrained model's layers make of an input: a mean, and one
 covariance for all (linear discriminant analysis). How near an input is to each, and what the experts score without any
 calibration, are added up with two weights, by which inputs that the prototypes weren't fitted to find their task best.
-An input that is far from all prototypes can be told apart as of no known task. Imports torch alone.
+An input that is far from all prototypes, or hardly nearer to one of them than to what all tasks have in common (the
+relative Mahalanobis distance, arXiv 2106.09022, section 2), can be told apart as of no known task. Imports torch alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 DIRECTIONS = 64  # of the covariance; in all others it is the same
 SHRINKAGE = 0.2
-QUANTILE, FOLDS = 0.95, 4
+QUANTILE, FOLDS = 0.975, 4
 
 
 class Prototypes(nn.Module):
@@ -29,11 +30,11 @@ class Prototypes(nn.Module):
     Attributes:
         mean: (T, D).
         scale: (D,), what features are divided by.
-        directions: (r, D), the pⱼ, divided by λⱼ^½.
+        directions: (r, D), the pⱼ.
         rest: (1,), λ₀.
         variances: (r,), the λⱼ.
-        radius: (1,), the distance within which 95 % of inputs have their prototype: that of inputs which the
-            prototypes were not fitted to, by cross-validation; infinite where there are too few.
+        radius: (2,), what 97.5 % of inputs are below which the prototypes were not fitted to, by cross-validation,
+            of each of `remoteness`; infinite where there are too few.
         trust: (2,), the weights of the prototypes' logarithmic likelihood −d²/2 and of the experts' scores, Σ over the
             layers of the features' first kind; by cross-validation, least cross-entropy.
 
@@ -52,7 +53,7 @@ class Prototypes(nn.Module):
         super().__init__()
         shapes = {
             "mean": (tasks, features), "scale": (features,), "directions": (directions, features),
-            "variances": (directions,), "rest": (1,), "radius": (1,), "trust": (2,),
+            "variances": (directions,), "rest": (1,), "radius": (2,), "trust": (2,),
         }  # fmt: skip
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
@@ -62,7 +63,7 @@ class Prototypes(nn.Module):
         """How many parameters prototypes have that are fitted to so many inputs of each task, of routed layers."""
         features = 2 * tasks * layers
         inputs *= tasks
-        return tasks * features + features + (features + 1) * _directions(tasks, features, inputs) + 4
+        return tasks * features + features + (features + 1) * _directions(tasks, features, inputs) + 5
 
     @classmethod
     @torch.no_grad()
@@ -72,27 +73,28 @@ class Prototypes(nn.Module):
         made.radius.fill_(torch.inf)
         made.trust[1] = 1.0  # one input alone says too little
         if (folds := min(FOLDS, *map(len, features))) > 1:
-            away, scores, task = cls._cross_validated(features, folds)
+            away, scores, remoteness, task = cls._cross_validated(features, folds)
             made.trust.copy_(_best_weights(-away / 2, scores, task))
             if folds == FOLDS:
-                own = away.gather(1, task[:, None])
-                made.radius.copy_(torch.quantile(own, QUANTILE)[None])
+                made.radius.copy_(torch.quantile(remoteness, QUANTILE, dim=0))
         return made
 
     @classmethod
-    def _cross_validated(cls, features: list[Tensor], folds: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of all inputs, the distances (N, T) to prototypes that weren't fitted to them, the scores, and the tasks."""
+    def _cross_validated(cls, features: list[Tensor], folds: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What prototypes that weren't fitted to them make of all inputs.
+
+        Returns:
+            distances (N, T), scores (N, T), remoteness (N, 2), and the inputs' tasks (N,).
+        """
         found = []
         for fold in range(folds):
-            apart = [(of_task[fold::folds], _without(of_task, fold, folds)) for of_task in features]
-            others = cls._fitted([rest for _, rest in apart])
-            for task, (left_out, _) in enumerate(apart):
-                away = others.distances(left_out.float())
-                found.append(
-                    (away, others.scored(left_out.float()), torch.full((len(away),), task, device=away.device))
-                )
-        distances, scored, tasks = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return distances, scored, tasks
+            others = cls._fitted([_without(of_task, fold, folds) for of_task in features])
+            for task, of_task in enumerate(features):
+                apart = of_task[fold::folds].float()
+                tasks = torch.full((len(apart),), task, device=apart.device)
+                found.append((others.distances(apart), others.scored(apart), others.remoteness(apart), tasks))
+        distances, scored, remoteness, tasks = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return distances, scored, remoteness, tasks
 
     @classmethod
     def _fitted(cls, features: list[Tensor]) -> Prototypes:
@@ -131,10 +133,36 @@ class Prototypes(nn.Module):
 
     def distances(self, features: Tensor) -> Tensor:
         """The squared Mahalanobis distances of inputs (B, D) to the prototypes: (B, T)."""
-        away = (features / self.scale)[:, None] - self.mean  # (B, T, D)
-        along = (away @ self.directions.mT).square()
-        across = (away.square().sum(-1) - along.sum(-1)).clamp(min=0)
-        return (along / self.variances).sum(-1) + across / self.rest
+        inputs, prototypes = self._whitened(features)
+        return (inputs[:, None] - prototypes).square().sum(-1)
+
+    def known(self, features: Tensor) -> Tensor:
+        """Whether inputs (B, D) are as near to the prototypes as those of known tasks are: (B,)."""
+        return (self.remoteness(features) <= self.radius).all(dim=-1)
+
+    def remoteness(self, features: Tensor) -> Tensor:
+        """Of inputs (B, D), the distance d² to the nearest prototype, and d² − d₀² (relative Mahalanobis): (B, 2).
+
+        d₀ is the distance to all tasks taken as one, whose covariance is that of the prototypes plus that between them,
+        so that nothing more has to be kept: (Σ + CCᵀ)⁻¹ = Σ⁻¹ − Σ⁻¹C(1 + CᵀΣ⁻¹C)⁻¹CᵀΣ⁻¹. A single task is no reference
+        for itself: d₀ is 0 then.
+        """
+        inputs, prototypes = self._whitened(features)
+        nearest = (inputs[:, None] - prototypes).square().sum(-1).amin(dim=-1)
+        if len(prototypes) == 1:
+            return torch.stack([nearest, nearest], dim=-1)
+        between = prototypes / len(prototypes) ** 0.5
+        along, ones = inputs @ between.mT, torch.eye(len(between), device=inputs.device)
+        common = inputs.square().sum(-1) - (along @ torch.linalg.inv(ones + between @ between.mT) * along).sum(-1)
+        return torch.stack([nearest, nearest - common], dim=-1)
+
+    def _whitened(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs (B, D) and the prototypes (T, D), from the mean of these, where the covariance is 1."""
+        centre = self.mean.mean(dim=0)
+        both = torch.cat([features / self.scale, self.mean]) - centre
+        along = (both @ self.directions.mT) * (self.variances**-0.5 - self.rest**-0.5)
+        white = both * self.rest**-0.5 + along @ self.directions
+        return white[: len(features)], white[len(features) :]
 
 
 def _directions(tasks: int, features: int, inputs: int) -> int:

@@ -259,8 +259,7 @@ class InputRouter(nn.Module):
             self.scores = (self.scores - self.baseline[0]) / self.baseline[1]
         self.choice = shares(self.scores, self.top_k)
         if self.refuse and prototypes is not None:
-            near = prototypes.distances(self.features).amin(dim=-1, keepdim=True) <= prototypes.radius
-            self.choice = self.choice * near
+            self.choice = self.choice * prototypes.known(self.features)[:, None]
 
     @property
     def features(self) -> Tensor:

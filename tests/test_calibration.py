@@ -63,6 +63,27 @@ def test_distances_are_those_of_the_covariance(tasks: int, layers: int, count: i
     away = (x.double() / made.scale.double())[:, None] - torch.stack([group.mean(0) for group in scaled])
     expected = torch.einsum("btd,de,bte->bt", away, torch.linalg.inv(shrunk), away)
     torch.testing.assert_close(made.distances(x).double(), expected, rtol=2e-3, atol=2e-3)
+    # all tasks as one: what is between them belongs to the covariance
+    means = torch.stack([group.mean(0) for group in scaled])
+    between = (means - means.mean(0)).mT @ (means - means.mean(0)) / tasks
+    from_all = x.double() / made.scale.double() - means.mean(0)
+    common = torch.einsum("bd,de,be->b", from_all, torch.linalg.inv(shrunk + between), from_all)
+    nearest = expected.amin(1)
+    remote = torch.stack([nearest, nearest - common * (tasks > 1)], dim=1)
+    rounded = 2e-3 + 1e-5 * expected.max().item()  # what is subtracted is as large as the largest distance
+    torch.testing.assert_close(made.remoteness(x).double(), remote, rtol=2e-3, atol=rounded)
+
+
+def test_known_is_what_is_near_a_prototype_and_not_near_all() -> None:
+    """Two tasks apart along one feature: what is between them, or far from both in any direction, is neither's."""
+    groups = [torch.randn(400, 4) + torch.tensor([side, 0, 0, 0]) for side in (-8.0, 8.0)]
+    made = Prototypes.fit(groups)
+    fresh = torch.cat([torch.randn(1000, 4) + torch.tensor([side, 0, 0, 0]) for side in (-8.0, 8.0)])
+    assert 0.92 < made.known(fresh).float().mean() < 0.98
+    assert not made.known(torch.randn(100, 4)).any()
+    for direction in torch.eye(4):
+        assert not made.known(torch.stack([30 * direction, -30 * direction])).any()
+    assert Prototypes.fit([group[:3] for group in groups]).known(fresh).all()  # too few to tell
 
 
 def test_prototypes_find_the_optimal_boundary() -> None:
@@ -96,7 +117,7 @@ def test_nearness_and_scores_are_weighted_by_what_they_find(count: int, spread: 
     if count == 1:  # nothing is known of how inputs of a task differ
         assert made.trust.tolist() == [0.0, 1.0]
         return
-    away, scores, task = Prototypes._cross_validated(groups, min(FOLDS, count))
+    away, scores, _, task = Prototypes._cross_validated(groups, min(FOLDS, count))
     found, *others = (
         torch.nn.functional.cross_entropy(a * -away / 2 + b * scores, task) + 1e-3 * (a**2 + b**2)
         for a, b in (made.trust.tolist(), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.1, 0.3), (0.01, 1.0))
