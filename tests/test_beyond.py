@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -13,10 +14,13 @@ from conftest import clip_tower, experts_of
 from torch import Tensor, nn
 
 from fusion_bench_smile import as_expert, calibrate, upscale
-from fusion_bench_smile.embedded.beyond import measure, report, rivals, variants
+from fusion_bench_smile.embedded.beyond import choices, models, report, rivals, rows, variants
 from fusion_bench_smile.embedded.beyond.benches import Bench
+from fusion_bench_smile.embedded.beyond.finding import of_scores
 from fusion_bench_smile.embedded.beyond.judge import Judge, run
 from fusion_bench_smile.embedded.beyond.looks import IDEAS, look
+from fusion_bench_smile.embedded.beyond.models import Seen, bare, build
+from fusion_bench_smile.embedded.beyond.unknown import of_held_out
 from fusion_bench_smile.embedded.beyond.variants import BEST, GRID, INT8, MORE, OWN, PAPER, Ranks, Variant
 from fusion_bench_smile.noise import random_inputs
 from fusion_bench_smile.scopes import ROUTER, shares
@@ -29,6 +33,7 @@ class Small(Bench):
     """Three tasks of images that differ in brightness; a class is whichever of two pixels is brighter."""
 
     tasks = ("digits", "clothes", "animals")
+    counts = MappingProxyType({"train": 64, "validation": COUNT, "test": COUNT})
 
     def __init__(self, root: Path) -> None:
         super().__init__(root, "gentle", 0)
@@ -42,8 +47,8 @@ class Small(Bench):
     def expert(self, task: str) -> nn.Module:
         return copy.deepcopy(self.tuned[task])
 
-    def batches(self, task: str, split: str, count: int) -> list[tuple[dict[str, Tensor], Tensor]]:
-        number = self.tasks.index(task)
+    def batches(self, task: str, split: str) -> list[tuple[dict[str, Tensor], Tensor]]:
+        number, count = self.tasks.index(task), self.counts[split]
         generator = torch.Generator().manual_seed(100 * len(split) + number)
         pixels = torch.randn(count, 3, 28, 28, generator=generator) + number
         size = 5 if count == COUNT else 32  # several batches, also small ones
@@ -56,41 +61,37 @@ class Small(Bench):
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
-    for module in (measure, variants):
+    for module in (choices, variants):
         monkeypatch.setattr(module, "LARGEST_RANK", {"gentle": 12})
-    monkeypatch.setattr(measure, "TEST", {"gentle": COUNT})
-    monkeypatch.setattr(measure, "VALIDATION", {"gentle": COUNT})
-    monkeypatch.setattr(measure, "RATIOS", (1.9,))
-    monkeypatch.setattr(measure, "GATES", (1,))
-    monkeypatch.setattr(measure, "INPUTS", 64)
+    monkeypatch.setattr(choices, "RATIOS", (1.9,))
+    monkeypatch.setattr(choices, "GATES", (1,))
+    monkeypatch.setattr(models, "INPUTS", 64)
     monkeypatch.setattr(rivals, "SCALING", {"Task Arithmetic": (0.3,), "TIES": (0.3,)})
     monkeypatch.setitem(rivals.ADAMERGING, "max_steps", 1)
     return Small(tmp_path)
 
 
-def inputs(small: Small, split: str, count: int = COUNT) -> list[dict[str, Tensor]]:
-    return [batch for task in small.tasks for batch, _ in small.batches(task, split, count)]
+def inputs(small: Small, split: str) -> list[dict[str, Tensor]]:
+    return [batch for task in small.tasks for batch, _ in small.batches(task, split)]
 
 
 OPTIONS = {"k": 8, "gate_k": 4, "routing_scope": "two_pass"}
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> measure.Seen:
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     small = Small(tmp_path_factory.mktemp("small"))
-    bare = measure._bare(upscale(small.base, small.tuned, **OPTIONS))
-    training = [look(bare, [b for b, _ in small.batches(t, "train", 64)], 3).features for t in small.tasks]
-    return look(bare, inputs(small, "test"), 3), measure._neutral(bare, 3), training
+    return Seen.by(small, upscale(small.base, small.tuned, **OPTIONS))
 
 
 @pytest.mark.parametrize("variant", [v for v in [*GRID, *MORE] if v.scope == "two_pass"], ids=lambda v: v.name)
-def test_what_is_decided_of_looks_is_what_the_model_decides(small: Small, seen: measure.Seen, variant: Variant) -> None:
-    looks, neutral, training = seen
-    weights = looks.decided(variant, neutral, training)
+def test_what_is_decided_of_looks_is_what_the_model_decides(small: Small, seen: Seen, variant: Variant) -> None:
+    weights = seen.test.decided(variant, seen.neutral, seen.calibration)
     how = {"routing_score": variant.score, "top_k": variant.top_k, "noise_baseline": variant.noise}
     model = upscale(small.base, small.tuned, **how, **OPTIONS)
     if variant.inputs:
-        calibrate(model, {t: [b for b, _ in small.batches(t, "train", variant.inputs)] for t in small.tasks})
+        training = {t: torch.cat([b["pixel_values"] for b, _ in small.batches(t, "train")]) for t in small.tasks}
+        calibrate(model, {t: [{"pixel_values": pixels[: variant.inputs]}] for t, pixels in training.items()})
     found = []
     with torch.no_grad():
         for batch in inputs(small, "test"):
@@ -100,12 +101,12 @@ def test_what_is_decided_of_looks_is_what_the_model_decides(small: Small, seen: 
 
 
 def test_a_judge_runs_the_experts_that_it_is_given(small: Small) -> None:
-    model = measure.build(small, small.tuned, Ranks(1.9, 2, "uniform"), BEST, FactorStore(small.root / "store"))
-    judge = Judge(small, model, "test", COUNT)
+    model = build(small, small.tuned, Ranks(1.9, 2, "uniform"), MORE[0], FactorStore(small.root / "store"))
+    judge = Judge(small, model, "test")
     alone = {}
     for task in small.tasks:
         with as_expert(model, task):
-            alone[task] = run(small, model, "test", COUNT)[0]
+            alone[task] = run(small, model, "test")[0]
     for number, task in enumerate(small.tasks):
         assert torch.equal(judge.correct(torch.eye(3)[[number] * 3 * COUNT]), alone[task])
     mixed = torch.arange(3 * COUNT) % 3
@@ -115,26 +116,25 @@ def test_a_judge_runs_the_experts_that_it_is_given(small: Small) -> None:
         alone[t][i].item() for i, t in enumerate(t for t in small.tasks for _ in range(10))
     ]
     # with weights, as the model itself has them
-    free = run(small, measure.build(small, small.tuned, Ranks(1.9, 2, "uniform"), MORE[0], None), "test", COUNT)[0]
-    bare = measure._bare(model)
-    weights = look(bare, inputs(small, "test"), 3).decided(MORE[0], None, [])
+    free = run(small, model, "test")[0]
+    weights = look(bare(model), inputs(small, "test"), 3).decided(MORE[0], None, [])
     assert (weights > 0).sum(dim=1).eq(2).all()
     assert torch.equal(judge.correct(weights), free)
 
 
 def test_ideas_are_scores_of_each_input_and_layer(small: Small) -> None:
-    bare = measure._bare(upscale(small.base, small.tuned, k=8, gate_k=4, routing_scope="two_pass"))
-    seen = look(bare, inputs(small, "test"), 3, with_ideas=True)
+    alone = bare(upscale(small.base, small.tuned, k=8, gate_k=4, routing_scope="two_pass"))
+    seen = look(alone, inputs(small, "test"), 3, with_ideas=True)
     layers = seen.features.shape[1] // 6
     for name in IDEAS:
         assert seen.scores[name].shape == (layers, 3 * COUNT, 3)
         assert seen.scores[name].isfinite().all()
         assert (seen.scores[name] >= 0).all()
-    apart = look(bare, reversed(inputs(small, "test")), 3, with_ideas=True)
+    apart = look(alone, reversed(inputs(small, "test")), 3, with_ideas=True)
     torch.testing.assert_close(apart.total("dual")[:5], seen.total("dual")[-5:])
     # where no direction is shared by two experts, none of the bases changes anything but scale
     images = random_inputs(small.base, 4, torch.Generator().manual_seed(1))
-    one = measure._bare(upscale(small.base, list(small.tuned.values())[:2], k=1, gate_k=1, routing_scope="two_pass"))
+    one = bare(upscale(small.base, list(small.tuned.values())[:2], k=1, gate_k=1, routing_scope="two_pass"))
     few = look(one, [images], 2, with_ideas=True)
     assert (few.total("dual").argmax(-1) == few.total("relative").argmax(-1)).all()
 
@@ -143,15 +143,17 @@ def test_ideas_are_scores_of_each_input_and_layer(small: Small) -> None:
 def tables(small: Small) -> tuple[Path, pd.DataFrame]:
     store, folder = FactorStore(small.root / "store"), small.root / "beyond"
     folder.mkdir()
-    found = measure.choices(small, store)
+    found = choices.choices(small, store)
     assert [ranks["ratio"] for ranks in found["ours"]] == [1.9]
     paper, ours = ([Ranks(**values) for values in found[name]] for name in ("paper", "ours"))
     for seed in (0, 1):
-        made = {"rows": measure._rows(small, paper, ours, store), "merged": measure._merged(small, found["scaling"])}
-        for name, rows in made.items():
-            pd.DataFrame(rows).assign(set="gentle", seed=seed).to_csv(folder / f"gentle-{seed}-{name}.csv", index=False)
-        pd.DataFrame(measure._ideas(small, ours[0], store)).to_csv(folder / f"gentle-{seed}-ideas.csv", index=False)
-        pd.DataFrame(measure._unknown(small, ours[0], store)).to_csv(folder / f"gentle-{seed}-unknown.csv", index=False)
+        made = {
+            "rows": rows.of_variants(small, paper, ours, store), "merged": rows.of_merged(small, found["scaling"]),
+            "ideas": of_scores(small, ours[0], store), "unknown": of_held_out(small, ours[0], store),
+        }  # fmt: skip
+        for name, table in made.items():
+            whole = pd.DataFrame(table).assign(set="gentle", seed=seed)
+            whole.to_csv(folder / f"gentle-{seed}-{name}.csv", index=False)
     return folder, report.with_intervals(report.everything_of(folder, "gentle"), resamples=50)
 
 
@@ -183,11 +185,11 @@ def test_the_whole_study_in_small(small: Small, tables: tuple[Path, pd.DataFrame
 def judged_by_hand(small: Small, of_budget: pd.DataFrame) -> float:
     row = of_budget.loc[BEST.name]
     ranks = Ranks(1.9, int(row["gate_k"]), row["allocation"])
-    model = measure.build(small, small.tuned, ranks, BEST, None)
+    model = build(small, small.tuned, ranks, BEST, None)
     shares = []
     for task in small.tasks:
         with as_expert(model, task):
-            shares.append(small.correct(model, task, "test", COUNT).float().mean().item())
+            shares.append(small.correct(model, task, "test").float().mean().item())
     return 100 * sum(shares) / 3
 
 
@@ -198,15 +200,15 @@ def test_intervals_are_of_seeds_and_inputs() -> None:
     def row(variant: str, seed: int, chance: float, budget: float | None = None) -> dict[str, object]:
         flags = torch.tensor(generator.random(80) < chance)
         shares = 100 * flags.view(2, 40).float().mean(dim=1)
-        packed = measure._packed(flags)
+        packed = rows.packed(flags)
         assert report.flags(packed).astype(bool).tolist() == flags.tolist()
         each = dict(zip(tasks, shares.tolist(), strict=True))
         more = {"budget": budget, "gate_k": 1, "allocation": "gain", "oracle": 90.0, "oracle_correct": packed}
         return {"variant": variant, "seed": seed, "average": shares.mean().item(), "correct": packed, **each, **more}
 
-    rows = [row("individual", seed, 0.9) for seed in range(3)]
-    rows += [row(name, s, p, 1.5) for s in range(3) for name, p in ((PAPER.name, 0.5), (BEST.name, 0.7))]
-    table = report.with_intervals(pd.DataFrame(rows), resamples=400).set_index("variant")
+    made = [row("individual", seed, 0.9) for seed in range(3)]
+    made += [row(name, s, p, 1.5) for s in range(3) for name, p in ((PAPER.name, 0.5), (BEST.name, 0.7))]
+    table = report.with_intervals(pd.DataFrame(made), resamples=400).set_index("variant")
     for name, share in ((PAPER.name, 5 / 9), (BEST.name, 7 / 9)):
         assert table.loc[name, "low"] < table.loc[name, "retention"] < table.loc[name, "high"]
         assert table.loc[name, "low"] < 100 * share < table.loc[name, "high"]

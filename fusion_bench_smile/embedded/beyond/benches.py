@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .. import DATA, STRENGTHS, TASKS, load_pretrained, measure, text
 from ..evaluate import zero_shot_head
 from ..shipped import with_adapter
 from ..text.evaluate import arrays
+from .variants import CALIBRATION
 
 BATCH = 100
 
@@ -29,9 +31,13 @@ class Bench(ABC):
         root: the folder that was given to it.
         chosen: the set of experts.
         seed: theirs.
+
+    Attributes:
+        counts: for each split, how many inputs of each task are looked at, the first ones.
     """
 
     tasks: tuple[str, ...]
+    counts: Mapping[str, int]
 
     def __init__(self, root: Path, chosen: str, seed: int) -> None:
         self.root, self.chosen, self.seed = root, chosen, seed
@@ -47,8 +53,8 @@ class Bench(ABC):
     def expert(self, task: str) -> nn.Module: ...
 
     @abstractmethod
-    def batches(self, task: str, split: str, count: int) -> list[tuple[dict[str, Any], Tensor]]:
-        """The first inputs of a task, as arguments of the model, and their labels."""
+    def batches(self, task: str, split: str) -> list[tuple[dict[str, Any], Tensor]]:
+        """Inputs of a task, as arguments of the model, and their labels."""
 
     @abstractmethod
     def logits(self, model: nn.Module, batch: Mapping[str, Any], task: str) -> Tensor:
@@ -58,18 +64,17 @@ class Bench(ABC):
         return {task: self.expert(task).eval() for task in self.tasks}
 
     @torch.no_grad()
-    def correct(self, model: nn.Module, task: str, split: str, count: int) -> Tensor:
-        """Whether each of the first inputs gets its class: (count,)."""
-        found = [
-            self.logits(model, batch, task).argmax(-1) == labels for batch, labels in self.batches(task, split, count)
-        ]
-        return torch.cat(found)
+    def correct(self, model: nn.Module, task: str, split: str) -> Tensor:
+        """Whether each input gets its class: (count,)."""
+        batches = self.batches(task, split)
+        return torch.cat([self.logits(model, batch, task).argmax(-1) == labels for batch, labels in batches])
 
 
 class Images(Bench):
     """The image benchmark; its heads are zero-shot, from the frozen text tower."""
 
     tasks = TASKS
+    counts = MappingProxyType({"train": CALIBRATION[-1], "validation": 50, "test": 100})
 
     def pretrained(self) -> nn.Module:
         return load_pretrained().eval()
@@ -77,8 +82,8 @@ class Images(Bench):
     def expert(self, task: str) -> nn.Module:
         return CLIPVisionModel.from_pretrained(self.folder(task), torch_dtype=torch.float32)
 
-    def batches(self, task: str, split: str, count: int) -> list[tuple[dict[str, Any], Tensor]]:
-        pixels, labels = _images(task, split)
+    def batches(self, task: str, split: str) -> list[tuple[dict[str, Any], Tensor]]:
+        (pixels, labels), count = _images(task, split), self.counts[split]
         pairs = zip(pixels[:count].split(BATCH), labels[:count].split(BATCH), strict=True)
         return [({"pixel_values": x}, y) for x, y in pairs]
 
@@ -91,6 +96,7 @@ class Texts(Bench):
     """The text benchmark; every expert has a head that was trained with it."""
 
     tasks = text.TASKS
+    counts = MappingProxyType({"train": CALIBRATION[-1], "validation": 30, "test": 100})
 
     def pretrained(self) -> nn.Module:
         return text.load_pretrained().eval()
@@ -100,8 +106,8 @@ class Texts(Bench):
             return with_adapter(text.load_pretrained(), self.folder(task))
         return BertModel.from_pretrained(self.folder(task), torch_dtype=torch.float32)
 
-    def batches(self, task: str, split: str, count: int) -> list[tuple[dict[str, Any], Tensor]]:
-        return _text_batches(task, split, count)
+    def batches(self, task: str, split: str) -> list[tuple[dict[str, Any], Tensor]]:
+        return _text_batches(task, split, self.counts[split])
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any], task: str) -> Tensor:
         return F.linear(embed(model, batch), *self._head(task))
@@ -135,7 +141,8 @@ def _images(task: str, split: str) -> tuple[Tensor, Tensor]:
 def _text_batches(task: str, split: str, count: int) -> list[tuple[dict[str, Any], Tensor]]:
     texts, labels = arrays(text.load_texts(task, split), task)
     tokenizer = text.load_tokenizer()
-    # of about the same length together, so that little is padded
-    order = sorted(range(min(count, len(texts))), key=lambda i: len(str(texts[i])))
+    order = list(range(min(count, len(texts))))
+    if split != "train":  # of which the first ones are taken
+        order.sort(key=lambda i: len(str(texts[i])))  # of about the same length together, so that little is padded
     parts = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
     return [(dict(batch_of(tokenizer, [texts[i] for i in part])), labels[part]) for part in parts]

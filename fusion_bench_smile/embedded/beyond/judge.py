@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,18 +15,19 @@ from .benches import Bench
 
 
 class Judge:
-    """Runs one upscaled model on the first inputs of every task; the tasks are the experts, in their order.
+    """Runs one upscaled model on the inputs of every task; the tasks are the experts, in their order.
 
     What one expert alone makes of an input is computed once, whichever variants choose it.
 
     Args:
-        model: with ``routing_scope="two_pass"``; what its layers hold mustn't change meanwhile.
+        model: with ``routing_scope="two_pass"``, and with ``top_k`` above 1, which weights what experts add; what its
+            layers hold mustn't change meanwhile.
     """
 
-    def __init__(self, at: Bench, model: nn.Module, split: str, count: int) -> None:
+    def __init__(self, at: Bench, model: nn.Module, split: str) -> None:
         self.at, self.model = at, model
         self.router = cast(InputRouter, model.get_submodule(ROUTER))
-        self.batches = [(task, *pair) for task in at.tasks for pair in at.batches(task, split, count)]
+        self.batches = [(task, *pair) for task in at.tasks for pair in at.batches(task, split)]
         self.own = torch.cat([torch.full((len(y),), at.tasks.index(t)) for t, _, y in self.batches])
         self._known = torch.zeros(len(self.own), len(at.tasks), dtype=torch.bool)
         self._right = torch.zeros_like(self._known)
@@ -36,8 +36,6 @@ class Judge:
     def correct(self, weights: Tensor) -> Tensor:
         """Whether each input gets its class with these weights of the experts (N, T): (N,)."""
         alone = bool((weights.amax(dim=-1) == 1).all())
-        for layer in (layer for layer in self.model.modules() if isinstance(layer, Routed)):
-            layer.layout = replace(layer.layout, top_k=1 if alone else max(2, layer.layout.top_k))  # else unweighted
         choice, found, start = weights.argmax(dim=-1), [], 0
         for task, batch, labels in self.batches:
             places = torch.arange(start, start + len(labels))
@@ -82,8 +80,8 @@ def first_choices(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 
 
 @torch.no_grad()
-def run(at: Bench, model: nn.Module, split: str, count: int) -> tuple[Tensor, dict[str, float]]:
-    """Which of the first inputs of every task the model gets right as it routes itself: (N,).
+def run(at: Bench, model: nn.Module, split: str) -> tuple[Tensor, dict[str, float]]:
+    """Which of the inputs of every task the model gets right as it routes itself: (N,).
 
     Returns:
         Also each layer's share of right choices, in percent: of inputs, or of tokens but padding; mean over tasks.
@@ -93,7 +91,7 @@ def run(at: Bench, model: nn.Module, split: str, count: int) -> tuple[Tensor, di
     for number, task in enumerate(at.tasks):
         of_task: dict[str, list[Tensor]] = {}
         with first_choices(model) as seen:
-            for batch, labels in at.batches(task, split, count):
+            for batch, labels in at.batches(task, split):
                 correct.append(at.logits(model, batch, task).argmax(-1) == labels)
                 mask = batch.get("attention_mask")
                 for name, calls in seen.items():

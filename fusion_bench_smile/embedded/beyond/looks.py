@@ -1,12 +1,13 @@
 """What the pretrained model alone sees of inputs, once for all two-pass variants: they differ in what they make of it.
 
-A variant's decision from these is that of a model built with its options (a test holds that).
+A variant's decision from these is that of a model built with its options (a test holds that). Beside the options'
+scores there are `IDEAS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
@@ -25,6 +26,9 @@ IDEAS = {
     "deflated": f"energy outside the {LEADING} leading input directions of W₀",
     "expected": "energy over what inputs with the covariance W₀ᵀW₀ would have",
     "output side": "energy of W₀x + b₀ on the left singular vectors of ΔWᵢ",
+    "half weighted": "`dual`, of coefficients times the roots of the singular values",
+    "votes": "the share of an input's tokens for which `dual` is largest",
+    "first token": "`dual` of the first token alone (an image's class token)",
 }
 Made = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, out, projected → (…, T)
 
@@ -41,24 +45,21 @@ class Looks:
     scores: dict[str, Tensor]
     features: Tensor
 
+    def of_layers(self, kind: str) -> Tensor:
+        """The scores of each layer as they are combined: (L, N, T)."""
+        layers = self.scores[kind]
+        return layers if kind in AVERAGED else layers.clamp(min=SMALLEST).log()
+
     def total(self, kind: str) -> Tensor:
         """The scores of all layers together, as the two-pass router combines them: (N, T)."""
-        layers = self.scores[kind]
-        return layers.mean(dim=0) if kind in AVERAGED else layers.clamp(min=SMALLEST).log().sum(0)
-
-    def standardised(self, kind: str) -> Tensor:
-        """What inputs that belong to nobody have for each layer: mean and deviation, (2, L, 1, T)."""
-        layers = self._values(kind)
-        return torch.stack([layers.mean(dim=1, keepdim=True), layers.std(dim=1, keepdim=True).clamp(min=1e-6)])
+        layers = self.of_layers(kind)
+        return layers.mean(dim=0) if kind in AVERAGED else layers.sum(dim=0)
 
     def against(self, kind: str, neutral: Looks) -> Tensor:
         """The mean over layers of scores that are each compared with those of neutral inputs: (N, T)."""
-        mean, deviation = neutral.standardised(kind)
-        return ((self._values(kind) - mean) / deviation).mean(dim=0)
-
-    def _values(self, kind: str) -> Tensor:
-        layers = self.scores[kind]
-        return layers if kind in AVERAGED else layers.clamp(min=SMALLEST).log()
+        others = neutral.of_layers(kind)
+        deviation = others.std(dim=1, keepdim=True).clamp(min=1e-6)
+        return ((self.of_layers(kind) - others.mean(dim=1, keepdim=True)) / deviation).mean(dim=0)
 
     def decided(self, variant: Variant, neutral: Looks, calibration: Sequence[Tensor]) -> Tensor:
         """The weights of the experts for each input, (N, T), as a model with the variant's options decides.
@@ -91,18 +92,13 @@ class _Watcher(InputRouter):
         self.ideas, self.kept = ideas, _Kept()
 
     def _add(self, layer: Routed, x: Tensor, out: Tensor) -> None:
-        projected = layer._projected(x)
-        if projected is None:
+        projected, energies = layer._projected(x), layer.energies(x)
+        if projected is None or energies is None:
             return
-        before = layer.layout
         for kind in get_args(Score):
-            layer.layout = replace(before, score=kind)
-            self._keep(kind, layer._scores(x, out, projected))
-        layer.layout = before
+            self._keep(kind, layer._scores(x, out, projected, kind))
         for name, made in self.ideas.get(layer, {}).items():
             self._keep(name, made(x, out, projected))
-        energies = layer.energies(x)
-        assert energies is not None
         self.kept.features.append(self._mean(energies).clamp(min=SMALLEST).log().float())
 
     def _keep(self, name: str, of_tokens: Tensor) -> None:
@@ -148,6 +144,18 @@ def _ideas(layer: Routed) -> dict[str, Made]:
     def energy(projected: Tensor) -> Tensor:
         return layer._norms(projected).square()
 
+    def half_weighted(x: Tensor, out: Tensor, projected: Tensor) -> Tensor:
+        return energy(layer._coefficients(projected) * layer.singular_values**0.5) / layer.token_energies(x)
+
+    def votes(x: Tensor, out: Tensor, projected: Tensor) -> Tensor:
+        mine = layer._scores(x, out, projected, "dual").argmax(dim=-1)
+        few = 0.02  # no layer alone rules an expert out
+        return nn.functional.one_hot(mine, layout.num_experts).float() + few
+
+    def first_token(x: Tensor, out: Tensor, projected: Tensor) -> Tensor:
+        scores = layer._scores(x, out, projected, "dual")
+        return scores[:, :1].expand_as(scores) if scores.ndim == 3 else scores
+
     def output_side(x: Tensor, out: Tensor, projected: Tensor) -> Tensor:
         captured = [
             (out @ rows[:gates].mT).square().sum(-1) for rows, gates in zip(left, layout.gate_ranks, strict=True)
@@ -164,4 +172,7 @@ def _ideas(layer: Routed) -> dict[str, Made]:
             energy(projected) / layer.token_energies(x) / expected.clamp(min=SMALLEST)
         ),
         "output side": output_side,
+        "half weighted": half_weighted,
+        "votes": votes,
+        "first token": first_token,
     }

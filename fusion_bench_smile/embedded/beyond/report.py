@@ -83,6 +83,7 @@ def with_intervals(rows: pd.DataFrame, resamples: int = RESAMPLES) -> pd.DataFra
     of_seeds, of_inputs = _resampled(len(seeds), len(tasks), of_task, resamples)
     means = np.einsum("rs,vsr->vr", of_seeds, right @ of_inputs.T)
     individual = int(found.index[found["variant"] == "individual"][0])
+    found["seeds"], found["inputs"] = len(seeds), of_task * len(tasks)
     found["retention"] = 100 * found["average"] / found["average"][individual]
     found[["low", "high"]] = np.percentile(100 * means / means[individual], [2.5, 97.5], axis=1).T
     found["closed"] = _closed(found)
@@ -113,6 +114,7 @@ def _closed(table: pd.DataFrame) -> pd.Series:
             100 * (row.average - paper) / (best - paper)
             if (paper := of_budget.get((PAPER.name, row.budget))) is not None
             and (best := of_budget.get((ORACLE, row.budget))) is not None
+            and best > paper
             else None
             for row in table.itertuples()
         ]
@@ -122,7 +124,7 @@ def _closed(table: pd.DataFrame) -> pd.Series:
 HEAD = """# Measurements of routing and budgets
 
 Made by `python -m fusion_bench_smile.embedded.beyond FOLDER --report docs`; [what they say](routing.md). All numbers
-are of test inputs, means over three seeds of fine-tuning. Retention in percent of the individual models, with the 95 %
+are of test inputs, means over seeds of fine-tuning. Retention in percent of the individual models, with the 95 %
 interval of the bootstrap over seeds and inputs; `routing_results.csv` has every row, with parameters and bytes.
 
 ![retention against parameters](images/routing.png)
@@ -132,6 +134,7 @@ interval of the bootstrap over seeds and inputs; `routing_results.csv` has every
 def of_set(folder: Path, chosen: str, table: pd.DataFrame) -> Iterator[str]:
     """What is told of one set of experts."""
     yield from ["", f"## {TITLES[chosen][0].upper()}{TITLES[chosen][1:]}", ""]
+    yield from [f"{table['seeds'].iloc[0]} seeds, {table['inputs'].iloc[0]} test inputs for each.", ""]
     rivals = table[table["variant"].isin(RIVALS)].set_index("variant").reindex(RIVALS).dropna(subset=["average"])
     yield from markdown_table(_named(rivals.assign(retention=_cells(rivals)), {"average": 1, "retention": 0}))
     yield from ["", "Retention in percent, of models with at most so many times the pretrained parameters:", ""]

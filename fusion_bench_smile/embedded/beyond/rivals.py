@@ -34,14 +34,14 @@ METHODS: dict[str, Callable[[float], Any]] = {
 class AdaMerging(LayerWiseAdaMergingAlgorithm):
     """The framework's layer-wise AdaMerging (arXiv 2310.02575) on a bench: it adapts to the test inputs, unlabelled."""
 
-    def __init__(self, at: Bench, count: int) -> None:
+    def __init__(self, at: Bench) -> None:
         super().__init__(OmegaConf.create(ADAMERGING))
-        self.at, self.count = at, count
+        self.at = at
 
     @cache  # noqa: B019  one for each run
     def get_shuffled_test_loader_iter(self, task: str) -> Iterator[list[Any]]:  # type: ignore[override]
         generator, parts = torch.Generator().manual_seed(0), []
-        for batch, labels in self.at.batches(task, "test", self.count):
+        for batch, labels in self.at.batches(task, "test"):
             order = torch.randperm(len(labels), generator=generator).split(ADAPTED_ON)
             parts += [{key: value[part] for key, value in batch.items()} for part in order]
         shuffled = torch.randperm(len(parts), generator=generator).tolist()
@@ -58,16 +58,11 @@ def pool(at: Bench) -> BaseModelPool:
     return BaseModelPool({"_pretrained_": at.pretrained(), **at.experts()})
 
 
-def merged(at: Bench, scaling: dict[str, float], count: int) -> Iterator[tuple[str, nn.Module]]:
-    """Every method's model.
-
-    Args:
-        scaling: of Task Arithmetic and TIES.
-        count: test inputs of each task that AdaMerging adapts to.
-    """
+def merged(at: Bench, scaling: dict[str, float]) -> Iterator[tuple[str, nn.Module]]:
+    """Every method's model; `scaling` is of Task Arithmetic and TIES."""
     for name, method in METHODS.items():
         yield name, method(scaling[name]).run(pool(at)).eval()
-    yield "AdaMerging", AdaMerging(at, count).run(pool(at)).eval()
+    yield "AdaMerging", AdaMerging(at).run(pool(at)).eval()
 
 
 def best_scaling(at: Bench, average: Callable[[nn.Module], float]) -> dict[str, float]:
