@@ -362,7 +362,9 @@ class Routed(nn.Module):
             if self.layout.top_k > 1:
                 share = weights[:, expert] if alone else weights[inputs, expert]
                 added = added * share.view(-1, *[1] * (out.ndim - 1)).to(added.dtype)
-            out = out + added if alone else out.index_add_(0, inputs, added.to(out.dtype))
+            # an expert that changed the bias alone adds the same to all tokens
+            added = added.to(out.dtype).expand(len(inputs), *out.shape[1:])
+            out = out + added if alone else out.index_add_(0, inputs, added)
         return out
 
     def _merged(self, x: Tensor, groups: Groups) -> Tensor:

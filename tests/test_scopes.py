@@ -96,6 +96,23 @@ def test_merged_weights_compute_the_same(name: str, options: dict[str, object]) 
             torch.testing.assert_close(output(merged, inputs), output(apart, inputs), atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_an_expert_may_have_changed_biases_alone(tower: nn.Module, top_k: int) -> None:
+    biases, weights = copy.deepcopy(tower), copy.deepcopy(tower)
+    with torch.no_grad():
+        for layer in (layer for layer in biases.modules() if isinstance(layer, nn.Linear)):
+            layer.bias += torch.randn_like(layer.bias)
+        for layer in (layer for layer in weights.modules() if isinstance(layer, nn.Linear)):
+            layer.weight += 0.05 * torch.randn_like(layer.weight)
+    model = upscale(tower, [biases, weights], k=32, gate_k=4, top_k=top_k, routing_scope="two_pass")
+    images = torch.randn(6, 3, 28, 28)
+    router_of(model).forced = torch.eye(2)[[0, 1, 1, 0, 0, 1]]
+    found = output(model, {"pixel_values": images})
+    expected = [output(expert, {"pixel_values": images}) for expert in (biases, weights)]
+    for row, expert in enumerate([0, 1, 1, 0, 0, 1]):
+        torch.testing.assert_close(found[row], expected[expert][row], rtol=1e-4, atol=1e-4)
+
+
 def test_merged_weights_leave_inputs_without_an_expert_alone(tower: nn.Module) -> None:
     model = upscale(tower, experts_of(tower), k=4, gate_k=2, routing_scope="two_pass", execution="merged")
     layer = next(layer for layer in model.modules() if isinstance(layer, Routed))

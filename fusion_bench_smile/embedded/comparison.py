@@ -52,7 +52,7 @@ class Benchmark:
 
 IMAGES = Benchmark(
     "images", "smile_embedded", STRENGTHS, (*MERGED, "fisher", "regmean", "adamerging"),
-    (("smile_framework,smile", "16", "8,16"),),
+    (("smile_framework,smile", "16", "8,16"), ("smile_two_pass,smile_calibrated", "16", "16")),
 )  # fmt: skip
 TEXT = Benchmark("text", "smile_text", text.KINDS, MERGED, (("smile_framework,smile", "8", "8"), ("smile", "16", "16")))
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (IMAGES, TEXT)}

@@ -255,7 +255,9 @@ def _panel(axis: Axes, table: pd.DataFrame) -> None:
         level = table.loc[table["variant"] == name, "retention"]
         if len(level):
             axis.axhline(level.iloc[0], color="0.6", linestyle=style, linewidth=1, label=name, zorder=1)
-    axis.set_xticks(RATIOS, [f"{ratio:g}×" for ratio in RATIOS])
+    largest = table.loc[table["budget"].notna(), "ratio"].max() + 0.05  # small ranks can't spend large budgets
+    shown = [ratio for ratio in RATIOS if ratio <= largest]
+    axis.set_xticks(shown, [f"{ratio:g}×" for ratio in shown])
     axis.grid(alpha=0.3)
 
 
