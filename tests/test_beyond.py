@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fusion_bench_smile import as_expert, calibrate, upscale
 from fusion_bench_smile.embedded.beyond import choices, models, report, rivals, rows, variants
+from fusion_bench_smile.embedded.beyond.__main__ import main
 from fusion_bench_smile.embedded.beyond.benches import Bench
 from fusion_bench_smile.embedded.beyond.finding import of_scores
 from fusion_bench_smile.embedded.beyond.judge import Judge, run
@@ -158,7 +159,7 @@ def tables(small: Small) -> tuple[Path, pd.DataFrame]:
 
 
 def test_the_whole_study_in_small(small: Small, tables: tuple[Path, pd.DataFrame], monkeypatch, tmp_path: Path) -> None:
-    folder, table = tables
+    _, table = tables
     of_budget = table[table["budget"] == 1.9].set_index("variant")
     assert set(of_budget.index) == {v.name for v in (PAPER, *GRID, *MORE, *OWN, *INT8)} | {
         report.ORACLE, report.OWN_ORACLE,
@@ -172,7 +173,8 @@ def test_the_whole_study_in_small(small: Small, tables: tuple[Path, pd.DataFrame
     assert of_budget.loc[report.ORACLE, "average"] == pytest.approx(right)
     monkeypatch.setattr(report, "SHOWN", 1.9)
     (tmp_path / "images").mkdir()
-    report.write_report(folder, tmp_path)
+    monkeypatch.setattr("sys.argv", ["beyond", str(small.root), "--report", str(tmp_path)])
+    main()
     text = (tmp_path / "routing_results.md").read_text()
     assert all(name in text for name in of_budget.index)
     assert "| held out" not in text  # the index has no heading
@@ -180,6 +182,18 @@ def test_the_whole_study_in_small(small: Small, tables: tuple[Path, pd.DataFrame
     written = pd.read_csv(tmp_path / "routing_results.csv")
     assert len(written) == len(table)
     assert all((tmp_path / "images" / f"{name}.png").stat().st_size > 10_000 for name in ("routing", "routing_layers"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["{}", "lorra"], "no set 'lorra'"), (["{}/missing"], "missing is no folder")]
+)
+def test_the_command_says_what_is_wrong(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr("sys.argv", ["beyond", *(argument.format(tmp_path) for argument in arguments)])
+    with pytest.raises(SystemExit):
+        main()
+    assert message in capsys.readouterr().err
 
 
 def judged_by_hand(small: Small, of_budget: pd.DataFrame) -> float:

@@ -137,7 +137,11 @@ def of_set(folder: Path, chosen: str, table: pd.DataFrame) -> Iterator[str]:
     yield from [f"{table['seeds'].iloc[0]} seeds, {table['inputs'].iloc[0]} test inputs for each.", ""]
     rivals = table[table["variant"].isin(RIVALS)].set_index("variant").reindex(RIVALS).dropna(subset=["average"])
     yield from markdown_table(_named(rivals.assign(retention=_cells(rivals)), {"average": 1, "retention": 0}))
-    yield from ["", "Retention in percent, of models with at most so many times the pretrained parameters:", ""]
+    yield from [
+        "",
+        "Retention in percent, of models with at most so many times the pretrained parameters (prototypes, less than 1 % more, beside them):",
+        "",
+    ]
     budgets = table[table["budget"].notna()].assign(cell=lambda t: _cells(t))
     order = [name for name in (*VARIANTS, ORACLE, OWN_ORACLE) if name in set(budgets["variant"])]
     grid = budgets.pivot(index="variant", columns="budget", values="cell").reindex(order).fillna("")
