@@ -139,7 +139,8 @@ def of_set(folder: Path, chosen: str, table: pd.DataFrame) -> Iterator[str]:
     yield from markdown_table(_named(rivals.assign(retention=_cells(rivals)), {"average": 1, "retention": 0}))
     yield from [
         "",
-        "Retention in percent, of models with at most so many times the pretrained parameters (prototypes, less than 1 % more, beside them):",
+        "Retention in percent, of models with at most so many times the pretrained parameters (prototypes, less than",
+        "1 % more, beside them):",
         "",
     ]
     budgets = table[table["budget"].notna()].assign(cell=lambda t: _cells(t))
