@@ -117,7 +117,8 @@ def _closed(table: pd.DataFrame) -> pd.Series:
             and best > paper
             else None
             for row in table.itertuples()
-        ]
+        ],
+        dtype=float,
     )
 
 
@@ -205,7 +206,9 @@ def _unknown(table: pd.DataFrame) -> pd.DataFrame:
 def _bought(budgets: pd.DataFrame) -> pd.DataFrame:
     chosen = budgets[budgets["variant"].isin([PAPER.name, *(v.name for v in (*OWN, *INT8))])]
     columns = {"budget": "{:g}×", "ratio": "{:.3f}×", "bytes": "{:.3f}×", "gate_k": "{:.0f}", "closed": "{:.0f} %"}
-    shown = {name: [form.format(value) for value in chosen[name]] for name, form in columns.items()}
+    shown = {
+        name: ["" if pd.isna(value) else form.format(value) for value in chosen[name]] for name, form in columns.items()
+    }
     headings = {"ratio": "parameters", "closed": "of the gap to the oracle"}
     table = pd.DataFrame({"": list(chosen["variant"]), **shown, "allocation": list(chosen["allocation"])})
     return table.assign(retention=list(chosen["cell"])).rename(columns=headings)
