@@ -167,7 +167,8 @@ def of_set(folder: Path, chosen: str, table: pd.DataFrame) -> Iterator[str]:
     if len(unknown):
         yield from [
             "",
-            "Inputs of a task whose expert is missing, for a model calibrated by 64 inputs of the others:",
+            "Accuracy on inputs of a task whose expert is missing, for a model calibrated by 64 inputs of each other",
+            f"task, at 1.5×, and the inputs that it refuses; {unknown['seed'].nunique()} seeds:",
             "",
         ]
         yield from markdown_table(_named(_unknown(unknown), dict.fromkeys(_unknown(unknown).columns, 1)))
@@ -182,7 +183,9 @@ def of_ideas(folder: Path, tables: Mapping[str, pd.DataFrame]) -> Iterator[str]:
         "",
         "## Scores",
         "",
-        f"Inputs that find their task's expert in two passes, in percent, at {SHOWN:g}×:",
+        f"Inputs that find their task's expert in two passes, in percent, at {SHOWN:g}×; seeds: "
+        + ", ".join(f"{chosen} {table['seed'].nunique()}" for chosen, table in found.items())
+        + ":",
         "",
     ]
     ways = ["as it is", "against random inputs", "against all test inputs"]
