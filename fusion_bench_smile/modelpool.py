@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from .ending import one_clear_line
 from .errors import PlanError, SmileError
 from .sources import ADAPTER_CONFIG, INDEX, SINGLE, FilesSource, Openable, StateSource, tied_names
 
+CALIBRATION_BATCH = 32  # inputs
 PATH_KEYS = {"_target_", "pretrained_model_name_or_path", "torch_dtype", "dtype"}
 LORA_LOADER = "fusion_bench.modelpool.seq2seq_lm.modelpool.load_lora_model"
 EMBEDDED_LOADERS: dict[str, Callable[..., Path]] = {
@@ -69,7 +71,20 @@ def _some_inputs(pool: BaseModelPool, name: str, count: int) -> list[dict[str, T
         )
     dataset: Any = pool.load_train_dataset(name)
     drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    return [inputs_of(pool, dataset[number], name) for number in drawn]
+    return list(_batched([inputs_of(pool, dataset[number], name) for number in drawn]))
+
+
+def _batched(examples: Sequence[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Neighbours of one shape together, up to `CALIBRATION_BATCH`: one at a time takes many times as long."""
+
+    def shapes(example: dict[str, Tensor]) -> list[tuple[str, torch.Size]]:
+        return [(key, value.shape) for key, value in example.items()]
+
+    for _, alike in groupby(examples, shapes):
+        of_shape = list(alike)
+        for start in range(0, len(of_shape), CALIBRATION_BATCH):
+            part = of_shape[start : start + CALIBRATION_BATCH]
+            yield {key: torch.cat([example[key] for example in part]) for key in part[0]}
 
 
 def inputs_of(pool: BaseModelPool, example: Any, name: str) -> dict[str, Tensor]:
