@@ -13,7 +13,7 @@ from ...layers import Routed
 from ...prototypes import Prototypes
 from ...store import FactorStore
 from .benches import Bench
-from .looks import IDEAS
+from .looks import IDEAS, look
 from .models import Seen, bare, build
 from .variants import BEST, Ranks
 
@@ -32,12 +32,13 @@ def of_scores(at: Bench, ranks: Ranks, store: FactorStore) -> Iterator[dict[str,
             "against all test inputs": seen.test.against(kind, seen.test),  # needs them, but no labels
         }
         yield {"score": kind, "what": IDEAS.get(kind, "an option"), **{way: _right(at, s) for way, s in ways.items()}}
-    by_average = Seen.by(at, _averaged(model))
+    inputs = [batch for task in at.tasks for batch, _ in at.batches(task, "test")]
+    by_average = look(_averaged(model), inputs, len(at.tasks))
     what = f"`dual`, where W₀ + {SCALING} Σᵢ ΔWᵢ looks at the inputs instead of W₀"
     yield {
         "score": "dual, seen by the average",
         "what": what,
-        "as it is": _right(at, by_average.test.total(BEST.score)),
+        "as it is": _right(at, by_average.total(BEST.score)),
     }
     prototypes = Prototypes._fitted(seen.calibration)
     of_prototypes = f"prototypes of {at.counts['train']} inputs of each task, alone, of "
