@@ -1,10 +1,10 @@
-"""What building a SMILE model costs, against the framework's own SMILE in the same run, as ratios.
+"""Cost of building a SMILE model, relative to the framework's SMILE in the same run.
 
-    python benchmarks/construction.py                      # everything, as quoted: more than an hour on two cores
-    python benchmarks/construction.py --layers 2 vit lora  # a slice: 2 instead of 12 transformer layers, two figures
+    python benchmarks/construction.py                      # everything, as documented: more than an hour on two cores
+    python benchmarks/construction.py --layers 2 vit lora  # 2 instead of 12 transformer layers, two of the benchmarks
 
-Random models of the real shapes; the deltas have a decaying spectrum plus noise. Both sides work on the same weights,
-one after the other, in alternating order, after a warm-up; the ratios are of medians.
+The models are random, with real shapes; the deltas have a decaying spectrum plus noise. Both implementations process
+the same weights, in alternating order, after a warm-up. Ratios are of medians.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
 
 from fusion_bench_smile import SmileUpscalingAlgorithm, upscale
-from fusion_bench_smile.factors import truncated_svd
+from fusion_bench_smile.construction import truncated_svd
 
 GATE_K, K = 16, 32
 
 
 def vit(layers: int) -> nn.Module:
+    """A random vision tower of ViT-B/32's width."""
     torch.manual_seed(0)
     return CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=layers)).eval()
 
 
 def flan_t5(layers: int) -> T5Config:
-    """Flan-T5-base, with so many layers on each side."""
+    """Flan-T5-base with a number of encoder and of decoder layers."""
     return T5Config(
         vocab_size=32128, d_model=768, d_kv=64, d_ff=2048, num_layers=layers, num_decoder_layers=layers, num_heads=12,
         feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
@@ -49,7 +50,7 @@ def flan_t5(layers: int) -> T5Config:
 
 
 def delta(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """A task vector like a real one: singular values that fall as a power, on a floor of noise."""
+    """A delta (out, in) whose singular values decay as a power law, plus noise."""
     directions = min(256, *shape)
     left = torch.linalg.qr(torch.randn(shape[0], directions, generator=generator)).Q
     right = torch.linalg.qr(torch.randn(shape[1], directions, generator=generator)).Q
@@ -60,6 +61,7 @@ def delta(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def tuned(base: nn.Module, number: int) -> nn.Module:
+    """A copy of a model with a random delta in every linear layer."""
     generator = torch.Generator().manual_seed(number + 1)
     expert = copy.deepcopy(base)
     for module in expert.modules():
@@ -70,16 +72,13 @@ def tuned(base: nn.Module, number: int) -> nn.Module:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    with (
-        Path(os.devnull).open("w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
+    """Discard standard output and error inside the ``with`` block."""
+    with Path(os.devnull).open("w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         yield
 
 
 def framework(base: nn.Module, experts: list[nn.Module], full: bool) -> nn.Module:
-    """The framework's SMILE; it modifies what it gets, so that copying is no part of the time."""
+    """Upscale with the framework's SMILE. The inputs are modified: the time includes no copies."""
     from fusion_bench.method import SmileUpscalingAlgorithm
 
     with quiet():
@@ -89,69 +88,74 @@ def framework(base: nn.Module, experts: list[nn.Module], full: bool) -> nn.Modul
         return method.merge(base, experts)
 
 
-def timed(function: Callable[[], object], prepare: Callable[[], None] = lambda: None) -> float:
-    prepare()
+def timed(function: Callable[[], object]) -> float:
+    """Seconds of one call, after a garbage collection."""
     gc.collect()
-    began = time.perf_counter()
+    started = time.perf_counter()
     function()
-    return time.perf_counter() - began
+    return time.perf_counter() - started
 
 
-def compare(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each side, in alternating order."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
+def compare(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each function; they are called in alternating order."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(repeats):
-        for name in list(sides) if repeat % 2 == 0 else list(reversed(sides)):
-            times[name].append(timed(sides[name]))
+        for name in list(functions) if repeat % 2 == 0 else list(reversed(functions)):
+            times[name].append(timed(functions[name]))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def report(title: str, seconds: Mapping[str, float], ours: str = "ours") -> None:
+def report(title: str, seconds: Mapping[str, float]) -> None:
+    """Print the seconds of each implementation, and their ratios to ``ours``."""
     parts = [f"{name} {value:.2f} s" for name, value in seconds.items()]
-    ratios = [f"{value / seconds[ours]:.1f}× {name}" for name, value in seconds.items() if name != ours]
+    ratios = [f"{value / seconds['ours']:.1f}× {name}" for name, value in seconds.items() if name != "ours"]
     print(f"{title}: {', '.join(parts)}; faster by {', '.join(ratios)}", flush=True)
 
 
 def quality(matrix: Tensor, rank: int = K, gate: int = GATE_K) -> tuple[float, float]:
-    """Missed part of the best captured energy, and the largest angle in radians of the gate subspace."""
+    """Missed share of the energy of the exact truncation, and largest angle of the gate subspace in radians."""
     exact = torch.linalg.svd(matrix.double(), full_matrices=False)
     down = torch.linalg.qr(truncated_svd(matrix, rank).down.double().T).Q
     missed = 1 - (matrix.double() @ down).square().sum() / exact.S[:rank].square().sum()
-    wanted, got = exact.Vh[:gate].T, down[:, :gate]
-    return float(missed), float(torch.linalg.matrix_norm(wanted - got @ (got.T @ wanted), ord=2).asin())
+    expected, computed = exact.Vh[:gate].T, down[:, :gate]
+    residual = expected - computed @ (computed.T @ expected)
+    return float(missed), float(torch.linalg.matrix_norm(residual, ord=2).asin())
 
 
-def figure_vit(layers: int, repeats: int) -> None:
+def benchmark_vit(layers: int, repeats: int) -> None:
+    """A vision tower with eight experts, and the accuracy of its truncations."""
     base = vit(layers)
     experts = [tuned(base, number) for number in range(8)]
-    sides = {
+    functions = {
         "ours": lambda: upscale(base, experts, gate_k=GATE_K, k=K),
         "framework": lambda: framework(copy.deepcopy(base), copy.deepcopy(experts), full=True),
         "framework, full_matrices=false": lambda: framework(copy.deepcopy(base), copy.deepcopy(experts), full=False),
     }
-    sides["ours"]()
-    report(f"ViT-B/32 width, {layers} layers, 8 experts", compare(sides, repeats))
+    functions["ours"]()
+    report(f"ViT-B/32 width, {layers} layers, 8 experts", compare(functions, repeats))
     generator = torch.Generator().manual_seed(5)
     for shape in ((768, 768), (3072, 768), (768, 3072)):
         missed, angle = quality(delta(shape, generator))
         print(f"  {shape}: energy missed {missed:.1e}, gate subspace {angle:.1e} rad", flush=True)
 
 
-def figure_large(layers: int, repeats: int) -> None:
+def benchmark_large(layers: int, repeats: int) -> None:
+    """One layer of a 7B language model."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(4096, 4096, bias=False))
     experts = [tuned(base, number) for number in range(2)]
-    sides = {
+    functions = {
         "ours": lambda: upscale(base, experts, gate_k=GATE_K, k=K),
         "framework": lambda: framework(copy.deepcopy(base), copy.deepcopy(experts), full=True),
         "framework, full_matrices=false": lambda: framework(copy.deepcopy(base), copy.deepcopy(experts), full=False),
     }
-    report("one 4096×4096 layer, 2 experts", compare(sides, repeats))
+    report("one 4096×4096 layer, 2 experts", compare(functions, repeats))
     missed, angle = quality(experts[0][0].weight.detach() - base[0].weight.detach())
     print(f"  energy missed {missed:.1e}, gate subspace {angle:.1e} rad", flush=True)
 
 
-def figure_lora(layers: int, repeats: int) -> None:
+def benchmark_lora(layers: int, repeats: int) -> None:
+    """Flan-T5 with eight LoRA adapters, read from files."""
     from fusion_bench.modelpool.seq2seq_lm.modelpool import load_lora_model
     from peft import LoraConfig, get_peft_model
 
@@ -170,7 +174,7 @@ def figure_lora(layers: int, repeats: int) -> None:
                         parameter.normal_(std=0.02)
             peft.save_pretrained(folder)
 
-        def theirs() -> nn.Module:
+        def of_framework() -> nn.Module:
             loaded = T5ForConditionalGeneration.from_pretrained(root / "base")
             merged = [load_lora_model(str(root / "base"), str(folder)) for folder in folders]
             return framework(loaded, merged, full=True)
@@ -182,11 +186,12 @@ def figure_lora(layers: int, repeats: int) -> None:
         ours()
         report(
             f"Flan-T5-base width, {layers}+{layers} layers, 8 LoRA experts",
-            compare({"ours": ours, "framework": theirs}, repeats),
+            compare({"ours": ours, "framework": of_framework}, repeats),
         )
 
 
-def figure_memory(layers: int, repeats: int) -> None:
+def benchmark_memory(layers: int, repeats: int) -> None:
+    """Peak memory with 8 and 20 experts, in fresh processes."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         base = vit(layers)
@@ -204,27 +209,30 @@ def figure_memory(layers: int, repeats: int) -> None:
 
 
 def peak(root: Path, count: int) -> None:
-    """Run in a process of its own: the peak of the resident size beyond the pretrained model and the result."""
+    """Print the peak of the resident memory beyond the pretrained model and the result, of a fresh process."""
     small = CLIPVisionModel(CLIPVisionConfig(hidden_size=192, intermediate_size=256, num_hidden_layers=1))
-    upscale(small, [tuned(small, 0), tuned(small, 1)], gate_k=GATE_K, k=K)  # libraries load, threads start
+    upscale(small, [tuned(small, 0), tuned(small, 1)], gate_k=GATE_K, k=K)  # warm-up: loads libraries, starts threads
     base = CLIPVisionModel.from_pretrained(root / "base")
-    base.load_state_dict(copy.deepcopy(base.state_dict()), assign=True)  # in memory, no longer a map of its file
+    # a copy in memory: from_pretrained maps the file
+    base.load_state_dict(copy.deepcopy(base.state_dict()), assign=True)
     gc.collect()
     before = resident()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of loading the pretrained model, is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which loading the model has set
     model = upscale(base, {str(i): root / str(i % 8) for i in range(count)}, gate_k=GATE_K, k=K)
     result = sum(p.nbytes for p in model.parameters()) / 1e6
-    status = Path("/proc/self/status").read_text()  # unlike getrusage's, its peak begins with this program
+    status = Path("/proc/self/status").read_text()  # the peak of getrusage includes the parent process
     above = int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6 - before - result
     print(f"result {result:.0f} MB, peak beyond it and the pretrained model {above:.0f} MB")
 
 
 def resident() -> float:
+    """Resident memory of this process, in MB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def figure_sweep(layers: int, repeats: int) -> None:
+def benchmark_sweep(layers: int, repeats: int) -> None:
+    """A sweep over ranks with a factor cache, relative to one point."""
     base = vit(layers)
     points = [(gate_k, k) for gate_k in (1, 4, 8, 16) for k in (8, 16, 32)]
     with tempfile.TemporaryDirectory() as name:
@@ -237,26 +245,27 @@ def figure_sweep(layers: int, repeats: int) -> None:
             }  # fmt: skip
 
         def sweep(points: list[tuple[int, int]]) -> None:
-            with tempfile.TemporaryDirectory() as store, quiet():
+            with tempfile.TemporaryDirectory() as cache, quiet():
                 for gate_k, k in points:
-                    SmileUpscalingAlgorithm(gate_k=gate_k, k=k, factor_cache=store).run(BaseModelPool(pool))
+                    SmileUpscalingAlgorithm(gate_k=gate_k, k=k, factor_cache=cache).run(BaseModelPool(pool))
 
         seconds = compare({"one point": lambda: sweep(points[-1:]), "12 points": lambda: sweep(points)}, repeats)
     ratio = seconds["12 points"] / seconds["one point"]
-    print(f"sweep over gate_k and k, {layers} layers: {seconds}; 12 points cost {ratio:.2f}× one", flush=True)
+    print(f"sweep over gate_k and k, {layers} layers: {seconds}; 12 points take {ratio:.2f}× one", flush=True)
 
 
-def figure_processes(layers: int, repeats: int) -> None:
+def benchmark_processes(layers: int, repeats: int) -> None:
+    """One process and two, with one thread each."""
     for size in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(_share, (size, folder, layers, repeats), nprocs=size)
+            mp.spawn(_process, (size, folder, layers, repeats), nprocs=size)
             seconds = float((Path(folder) / "seconds").read_text())
         if size == 1:
             alone = seconds
     print(f"one process {alone:.2f} s, two {seconds:.2f} s, 1 thread each: {alone / seconds:.2f}× faster", flush=True)
 
 
-def _share(rank: int, size: int, folder: str, layers: int, repeats: int) -> None:
+def _process(rank: int, size: int, folder: str, layers: int, repeats: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     base = vit(layers)
@@ -272,7 +281,8 @@ def _share(rank: int, size: int, folder: str, layers: int, repeats: int) -> None
     dist.destroy_process_group()
 
 
-def figure_growth(layers: int, repeats: int) -> None:
+def benchmark_growth(layers: int, repeats: int) -> None:
+    """Time per layer and expert."""
     for depth, count in ((1, 2), (1, 4), (1, 8), (2, 4), (4, 4)):
         base = vit(depth)
         experts = [tuned(base, number) for number in range(count)]
@@ -280,15 +290,16 @@ def figure_growth(layers: int, repeats: int) -> None:
         print(f"{depth} layers, {count} experts: {seconds:.2f} s, {seconds / depth / count:.3f} s each", flush=True)
 
 
-FIGURES = {
-    "vit": figure_vit, "large": figure_large, "lora": figure_lora, "memory": figure_memory, "sweep": figure_sweep,
-    "processes": figure_processes, "growth": figure_growth,
+BENCHMARKS = {
+    "vit": benchmark_vit, "large": benchmark_large, "lora": benchmark_lora, "memory": benchmark_memory,
+    "sweep": benchmark_sweep, "processes": benchmark_processes, "growth": benchmark_growth,
 }  # fmt: skip
 
 
 def main() -> None:
+    """Run the benchmarks of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figures", nargs="*", choices=[*FIGURES, []], help="which figures (default: all)")
+    parser.add_argument("benchmarks", nargs="*", choices=[*BENCHMARKS, []], help="(default: all)")
     parser.add_argument("--layers", type=int, default=12, help="transformer layers (default: 12)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -298,8 +309,8 @@ def main() -> None:
     if arguments.peak:
         peak(Path(arguments.peak[0]), int(arguments.peak[1]))
         return
-    for name in arguments.figures or FIGURES:
-        FIGURES[name](arguments.layers, arguments.repeats)
+    for name in arguments.benchmarks or BENCHMARKS:
+        BENCHMARKS[name](arguments.layers, arguments.repeats)
 
 
 if __name__ == "__main__":

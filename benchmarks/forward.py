@@ -1,11 +1,11 @@
-"""What routing costs: the routed layer against the plain one and against the framework's, as ratios.
+"""Cost of a forward pass: the routed layer relative to the plain layer and to the framework's.
 
     python benchmarks/forward.py                     # layers of ViT-B/32 and 4096², and the whole vision tower
     python benchmarks/forward.py --device cuda --dtype bfloat16
 
-Eight experts, gate_k=16, k=32, top_k=1, random weights; the framework's layer and ours are built from the same ones.
-The three take turns in one run; the figures are medians. The bound is what the arithmetic alone costs: the router's
-rows, the rank-k products of the tokens' own experts, over the plain layer.
+Eight experts, gate_k=16, k=32, top_k=1, random weights; both routed layers are built from the same experts. All layers
+run in turn; the times are medians. The bound is the ratio of multiplications: those of the plain layer, the router and
+one rank-k expert per token, to those of the plain layer.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ VIT = ((768, 768), (3072, 768), (768, 3072))  # (out, in)
 
 
 def interleaved(
-    sides: Mapping[str, Callable[[], object]], device: torch.device, budget: float = 3.0
+    functions: Mapping[str, Callable[[], object]], device: torch.device, budget: float = 3.0
 ) -> dict[str, float]:
-    """Median seconds of each side; they take turns, in alternating order, for `budget` seconds."""
+    """Median seconds of each function; they are called in turn, in alternating order, for `budget` seconds."""
 
     def once(run: Callable[[], object]) -> float:
-        began = time.perf_counter()
+        started = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for run in sides.values():
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for run in functions.values():
         once(run)
     end, turn = time.perf_counter() + budget, 0
     while time.perf_counter() < end or turn < 5:
-        for name in sides if turn % 2 == 0 else reversed(sides):
-            times[name].append(once(sides[name]))
+        for name in functions if turn % 2 == 0 else reversed(functions):
+            times[name].append(once(functions[name]))
         turn += 1
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def layers(out: int, in_: int) -> dict[str, nn.Module]:
-    """The plain layer, ours, and the framework's, of the same weights."""
+    """The plain layer, the routed layer of this library and that of the framework, from the same weights."""
     generator = torch.Generator().manual_seed(0)
     base = nn.Sequential(nn.Linear(in_, out))
     experts = [copy.deepcopy(base) for _ in range(EXPERTS)]
@@ -62,16 +62,16 @@ def layers(out: int, in_: int) -> dict[str, nn.Module]:
             expert[0].weight += delta((out, in_), generator)
             expert[0].bias += 0.01 * torch.randn(out, generator=generator)
     ours = upscale(base, experts, gate_k=GATE_K, k=K)
-    theirs = framework(copy.deepcopy(base), experts, full=False)
-    return {"plain": base, "ours": ours, "framework": theirs}
+    return {"plain": base, "ours": ours, "framework": framework(copy.deepcopy(base), experts, full=False)}
 
 
 def bound(out: int, in_: int) -> float:
+    """Multiplications of a routed layer per token, relative to the plain layer."""
     return 1 + (EXPERTS * GATE_K * in_ + (K - GATE_K) * in_ + K * out) / (in_ * out)
 
 
 def activation_bytes(layer: nn.Module, x: Tensor) -> int:
-    """The largest amount of memory that a forward pass holds at once beyond its input, on the CPU or the GPU."""
+    """Peak memory of a forward pass beyond its input, in bytes, on the CPU or the GPU."""
     if x.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(x.device)
         before = torch.cuda.memory_allocated(x.device)
@@ -79,15 +79,16 @@ def activation_bytes(layer: nn.Module, x: Tensor) -> int:
         return torch.cuda.max_memory_allocated(x.device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         layer(x)
-    held = peak = 0
+    allocated = peak = 0
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
     return peak
 
 
 def layer_rows(shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...], device: torch.device, dtype: torch.dtype):
+    """Print one row of the table for each shape and number of tokens."""
     built = {shape: {n: m.to(device, dtype) for n, m in layers(*shape).items()} for shape in shapes}
     for count in tokens:
         ratios = []
@@ -110,6 +111,7 @@ def layer_rows(shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...], dev
 
 
 def upscaled(base: nn.Module, **options: object) -> nn.Module:
+    """Upscale a model with random experts."""
     generator = torch.Generator().manual_seed(0)
     experts = [copy.deepcopy(base) for _ in range(EXPERTS)]
     for expert in experts:
@@ -120,6 +122,7 @@ def upscaled(base: nn.Module, **options: object) -> nn.Module:
 
 
 def tower_row(device: torch.device, dtype: torch.dtype, batch: int, depth: int) -> None:
+    """Print the times of a whole vision tower."""
     torch.manual_seed(0)
     base = CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=depth)).eval()
     pixels = torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
@@ -133,7 +136,7 @@ def tower_row(device: torch.device, dtype: torch.dtype, batch: int, depth: int) 
 
 
 def decoding_row(device: torch.device, dtype: torch.dtype, steps: int = 32) -> None:
-    """One token at a time, with a key-value cache."""
+    """Print the times of decoding, one token at a time with a key-value cache."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=16
@@ -153,13 +156,14 @@ def decoding_row(device: torch.device, dtype: torch.dtype, steps: int = 32) -> N
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the options of device, dtype and threads."""
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
 
 
 def set_up(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype that the options name; prints where the figures come from."""
+    """Device and dtype of the options; prints the name of the device and the versions."""
     torch.set_num_threads(options.threads)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
@@ -169,6 +173,7 @@ def set_up(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 @torch.no_grad()
 def main() -> None:
+    """Print the tables of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_device(parser)
     parser.add_argument(
@@ -177,7 +182,7 @@ def main() -> None:
     options = parser.parse_args()
     device, dtype = set_up(options)
     print(
-        "| tokens | layer | ms | ours / plain | bound | faster than the framework's | MB beyond plain: ours, theirs |"
+        "| tokens | layer | ms | ours / plain | bound | faster than the framework's | MB over plain: ours, framework |"
     )
     print("|---:|---|---|---:|---:|---:|---|")
     layer_rows(VIT, (6304, 1600, 64), device, dtype)

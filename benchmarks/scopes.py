@@ -1,10 +1,10 @@
-"""What one choice for a whole input costs: every routing scope against the plain model, as ratios.
+"""Cost of each routing scope, relative to the plain model.
 
     python benchmarks/scopes.py                     # a vision tower of ViT-B/32's width
     python benchmarks/scopes.py --device cuda --dtype bfloat16 --depth 12
 
-Eight experts, gate_k=16, k=32, top_k=1, random weights and images. All models take turns in one run; the figures are
-medians. In two passes, the pretrained model sees the input first, so that twice the plain model is the least.
+Eight experts, gate_k=16, k=32, top_k=1, random weights and images. All models run in turn; the times are medians. The
+first of two passes is a forward pass of the pretrained model, so two passes cost at least twice the plain model.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ SCOPES = {
 
 @torch.no_grad()
 def main() -> None:
+    """Print the table of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_device(parser)
     parser.add_argument("--depth", type=int, default=3, help="layers of the tower (default: 3)")
@@ -36,7 +37,7 @@ def main() -> None:
     device, dtype = set_up(options)
     torch.manual_seed(0)
     base = CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=options.depth)).eval()
-    models = {scope: upscaled(base, **how).to(device, dtype) for scope, how in SCOPES.items()}
+    models = {scope: upscaled(base, **settings).to(device, dtype) for scope, settings in SCOPES.items()}
     models = {"plain": base.to(device, dtype), **models}
     print(f"| images | experts used | plain (ms) | {' | '.join(SCOPES)} |")
     print(f"|---:|---:|---:|{'---:|' * len(SCOPES)}")

@@ -4,58 +4,30 @@ Importing this package registers the checkpoint format with transformers, so tha
 models.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .calibration import calibrate
-from .checkpoint import load, save
 from .config import SmileConfig
-from .continual import add_expert, remove_expert
-from .errors import CheckpointError, ConfigError, PlanError, SmileError
-from .layers import SmileLinear
-from .oracle import as_expert
-from .routing import record_routing
-from .store import FactorStore
-from .to_disk import upscale_to_folder
-from .upscale import plan_upscaling, upscale
+from .construction import FactorCache, add_expert, calibrate, plan_upscaling, remove_expert, upscale, upscale_to_folder
+from .exceptions import CheckpointError, ConfigError, PlanError, SmileError
+from .io import load, metadata_of, save
+from .nn import RoutedLayer, SmileLinear, as_expert, record_routing
 
 if TYPE_CHECKING:
-    from .adapters import export_adapters
-    from .algorithm import SmileUpscalingAlgorithm
-
+    from .framework.method import SmileUpscalingAlgorithm
+    from .io import export_adapters
 
 __all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "FactorStore",
-    "PlanError",
-    "SmileConfig",
-    "SmileError",
-    "SmileLinear",
-    "SmileUpscalingAlgorithm",
-    "__version__",
-    "add_expert",
-    "as_expert",
-    "calibrate",
-    "export_adapters",
-    "load",
-    "plan_upscaling",
-    "record_routing",
-    "remove_expert",
-    "save",
-    "upscale",
+    "CheckpointError", "ConfigError", "FactorCache", "PlanError", "RoutedLayer", "SmileConfig", "SmileError",
+    "SmileLinear", "SmileUpscalingAlgorithm", "__version__", "add_expert", "as_expert", "calibrate",
+    "export_adapters", "load", "metadata_of", "plan_upscaling", "record_routing", "remove_expert", "save", "upscale",
     "upscale_to_folder",
-]
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    # the framework and PEFT take seconds to import; the layers don't need them
-    if name == "SmileUpscalingAlgorithm":
-        from .algorithm import SmileUpscalingAlgorithm
-
-        return SmileUpscalingAlgorithm
-    if name == "export_adapters":
-        from .adapters import export_adapters
-
-        return export_adapters
+    # the framework and PEFT take seconds to import, and the library works without them
+    if name in (lazy := {"SmileUpscalingAlgorithm": "framework.method", "export_adapters": "io.peft_export"}):
+        return getattr(import_module(f".{lazy[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,65 +1,71 @@
-"""The typed options of SMILE, their validation and their messages."""
+"""The options of SMILE, their types and their validation."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
-from .budget import Allocation
-from .errors import ConfigError
-from .layers import Execution, Score, Storage
-from .own import ExpertParameters
-from .scopes import Scope
+from .exceptions import ConfigError
+
+Execution = Literal["auto", "grouped", "masked", "merged"]
+RoutingScope = Literal["token", "sequence", "global", "two_pass"]
+RoutingScore = Literal["norm", "weighted", "relative", "dual", "output"]
+ExpertParameters = Literal["layers", "norms", "all"]
+Allocation = Literal["uniform", "energy", "gain"]
+Storage = Literal["same", "int8"]
 
 CHOICES: dict[str, Any] = {
-    "execution": Execution, "routing_scope": Scope, "routing_score": Score, "expert_parameters": ExpertParameters,
-    "allocation": Allocation, "storage": Storage,
+    "execution": Execution, "routing_scope": RoutingScope, "routing_score": RoutingScore,
+    "expert_parameters": ExpertParameters, "allocation": Allocation, "storage": Storage,
 }  # fmt: skip
-FLAGS = ("noise_baseline", "refuse_unknown")
+INTEGERS = ("gate_k", "k", "top_k")
+FLAGS = ("routing_use_diff", "average_experts", "convolutions", "full_matrices", "noise_baseline", "refuse_unknown")
+NEEDS_TWO_PASS: dict[str, Any] = {"noise_baseline": False, "expert_parameters": "layers", "refuse_unknown": False}
 
 
 @dataclass(frozen=True)
 class SmileConfig:
-    """Options of SMILE upscaling (arXiv 2408.10174, section 4); names are the framework's own.
+    """Options of SMILE upscaling (arXiv 2408.10174, section 4). The names are the framework's.
 
     Attributes:
-        gate_k: rank of the router: how many leading right singular vectors of an expert's delta score it.
-        k: rank of the experts; −1 keeps the deltas dense.
-        top_k: how many experts serve each token, from 1 to the number of experts.
-        routing_use_diff: route on the deltas Wᵢ − W₀ (True) or on the fine-tuned weights Wᵢ (False).
-        average_experts: average the parameters outside the upscaled layers over the experts instead of keeping the
-            pretrained ones.
-        convolutions: upscale `torch.nn.Conv2d` too, except those in groups.
-        target_modules: name patterns (``fnmatch``) of the linear layers to upscale; None upscales all.
-        exclude_modules: name patterns of linear layers to leave as pretrained.
-        execution: how the routed layers are computed: ``"auto"``, ``"grouped"``, ``"masked"`` or, with ``two_pass``
-            and one expert for each input, ``"merged"``; see `layers`.
-        routing_scope: what shares one choice of experts: every ``"token"`` of every layer has its own (the paper), a
-            ``"sequence"`` has one for each layer, a ``"global"`` one goes by all layers so far, and in ``"two_pass"``
-            the pretrained model sees the input first, which then has one choice for all layers; see `scopes`.
-        routing_score: what says how well an expert fits: ``"norm"`` (the paper), ``"weighted"``, ``"relative"``,
-            ``"dual"`` or ``"output"``; see `layers.Routed.scores`.
-        noise_baseline: compare each expert's score with what random inputs get (needs ``two_pass``): for LoRA experts,
-            some of which score high whatever the input.
-        expert_parameters: what of an expert is used: its ``"layers"``, its ``"norms"`` too, or ``"all"``, embeddings
-            included (needs ``two_pass``).
-        refuse_unknown: give the pretrained model to inputs that are like no task's (needs `calibrate`).
-        param_ratio: choose ranks, up to k, so that the result has at most so many times the pretrained model's
-            parameters; None takes k everywhere.
-        allocation: which ranks a `param_ratio` buys: ``"uniform"``, ``"energy"`` or ``"gain"``; see `budget.allocate`.
-        storage: of the experts' factors: the ``"same"`` dtype as the model's, or ``"int8"``.
-        device: where the factors are computed: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, …
-        upscaling_accelerator: the same under the framework's second name; if set, it wins over `device`.
-        full_matrices: accepted for commands written for the framework's SMILE; square U and V are never formed, and
-            the result does not depend on it.
+        gate_k: Rank of the router: the number of leading right singular vectors of a delta that score its expert.
+        k: Rank of the experts. −1 keeps the deltas dense.
+        top_k: Number of experts that serve each token, from 1 to the number of experts.
+        routing_use_diff: Route on the deltas Wᵢ − W₀ (True) or on the fine-tuned weights Wᵢ (False).
+        average_experts: Average the parameters outside the upscaled layers over the experts (True) or keep the
+            pretrained ones (False).
+        convolutions: Upscale `torch.nn.Conv2d` layers too, except grouped convolutions.
+        target_modules: Name patterns (``fnmatch``) of the layers to upscale. None selects all of them.
+        exclude_modules: Name patterns of layers that stay as pretrained.
+        execution: How a routed layer is computed: ``"auto"``, ``"grouped"``, ``"masked"`` or, with ``two_pass`` and
+            ``top_k=1``, ``"merged"``. See `fusion_bench_smile.nn.execution`.
+        routing_scope: What shares one choice of experts: each ``"token"`` of each layer (the paper), each input in each
+            layer (``"sequence"``), each input in each layer by the scores of all layers so far (``"global"``), or each
+            input in all layers, after a first pass of the pretrained model (``"two_pass"``).
+            See `fusion_bench_smile.nn.input_router`.
+        routing_score: The router's score: ``"norm"`` (the paper), ``"weighted"``, ``"relative"``, ``"dual"`` or
+            ``"output"``. See `fusion_bench_smile.nn.scoring`.
+        noise_baseline: Standardise each expert's score by its mean and deviation on random inputs. Needs ``two_pass``.
+        expert_parameters: The parameters of an expert that are used: those of its ``"layers"``, its ``"norms"`` too, or
+            ``"all"``, embeddings included. The last two need ``two_pass``.
+        refuse_unknown: Serve inputs that are far from all calibrated tasks with the pretrained model. Needs
+            ``two_pass`` and `calibrate`.
+        param_ratio: Upper bound of the parameter ratio. Ranks up to k are allocated within it. None takes k everywhere.
+        allocation: How `param_ratio` is spent on ranks: ``"uniform"``, ``"energy"`` or ``"gain"``.
+            See `fusion_bench_smile.construction.rank_allocation`.
+        storage: Storage of the factors: the ``"same"`` dtype as the model, or ``"int8"``.
+        device: Device of the factorization: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, …
+        upscaling_accelerator: The same under the framework's second name. It takes precedence over `device`.
+        full_matrices: Accepted for commands written for the framework's SMILE. The result does not depend on it, and
+            square U and V are never formed.
 
     Raises:
-        ConfigError: for a value of the wrong type or outside its range.
+        ConfigError: A value has the wrong type, lies outside its range, or contradicts another option.
     """
 
     gate_k: int = 16
@@ -71,8 +77,8 @@ class SmileConfig:
     target_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] = field(default=())
     execution: Execution = "auto"
-    routing_scope: Scope = "token"
-    routing_score: Score = "norm"
+    routing_scope: RoutingScope = "token"
+    routing_score: RoutingScore = "norm"
     noise_baseline: bool = False
     expert_parameters: ExpertParameters = "layers"
     refuse_unknown: bool = False
@@ -84,66 +90,71 @@ class SmileConfig:
     full_matrices: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("gate_k", "k", "top_k"):
+        self._check_types()
+        self._check_ranges()
+        self._check_combinations()
+        self._check_budget()
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, _as_patterns(getattr(self, name)))
+        if self.exclude_modules is None:
+            object.__setattr__(self, "exclude_modules", ())
+        self.compute_device  # noqa: B018  an unavailable device is refused here, before any model is loaded
+
+    def _check_types(self) -> None:
+        for name in INTEGERS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise ConfigError(f"{name}={value!r} is not a whole number")
-        for name in ("routing_use_diff", "average_experts", "convolutions", "full_matrices", *FLAGS):
+                raise ConfigError(f"{name}={value!r} is not an integer")
+        for name in FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not true or false")
+        for name, literal in CHOICES.items():
+            if getattr(self, name) not in get_args(literal):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(literal))}")
+
+    def _check_ranges(self) -> None:
         if self.gate_k < 1:
             raise ConfigError(f"gate_k={self.gate_k}: the router needs a rank of at least 1")
         if self.k < 1 and self.k != -1:
             raise ConfigError(f"k={self.k}: an expert needs a rank of at least 1, or −1 to stay dense")
         if self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k}: at least 1 expert must serve each token")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in get_args(choices):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
-        self._check_combinations()
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                value = (value,)
-            if value is not None:
-                object.__setattr__(self, name, tuple(str(pattern) for pattern in value))
-        if self.exclude_modules is None:
-            object.__setattr__(self, "exclude_modules", ())
-        self.compute_device  # noqa: B018  an impossible device is refused here, before any model is loaded
 
     def _check_combinations(self) -> None:
-        for name, plain in {"noise_baseline": False, "expert_parameters": "layers", "refuse_unknown": False}.items():
-            if getattr(self, name) != plain and self.routing_scope != "two_pass":
+        for name, default in NEEDS_TWO_PASS.items():
+            if getattr(self, name) != default and self.routing_scope != "two_pass":
                 raise ConfigError(
-                    f"{name}={getattr(self, name)} needs routing_scope=two_pass, where one choice is known before the "
-                    f"first layer; it is {self.routing_scope}"
+                    f"{name}={getattr(self, name)} needs routing_scope=two_pass, which chooses the experts before the "
+                    f"first layer runs; routing_scope is {self.routing_scope}"
                 )
         if self.execution == "merged" and (self.routing_scope != "two_pass" or self.top_k != 1):
             raise ConfigError(
-                f"execution=merged needs routing_scope=two_pass and top_k=1, where an input has one expert's weights "
-                f"throughout; they are {self.routing_scope} and {self.top_k}: use execution=auto"
+                f"execution=merged needs routing_scope=two_pass and top_k=1, one expert for a whole input; they are "
+                f"{self.routing_scope} and {self.top_k}: use execution=auto"
             )
         if self.average_experts and self.expert_parameters != "layers":
             raise ConfigError(
                 f"average_experts=true and expert_parameters={self.expert_parameters} exclude each other: norms are "
-                "either averaged, or each expert's own"
+                "either averaged or kept for each expert"
             )
+
+    def _check_budget(self) -> None:
         if self.param_ratio is None:
             return
         number = isinstance(self.param_ratio, (int, float)) and not isinstance(self.param_ratio, bool)
         if not number or not 1 < self.param_ratio < math.inf:
             raise ConfigError(f"param_ratio={self.param_ratio!r} is not a number above 1, or null to take k everywhere")
         if self.k == -1:
-            raise ConfigError("param_ratio chooses ranks up to k; with k=-1 there are none, experts stay dense")
+            raise ConfigError("param_ratio allocates ranks up to k; k=-1 keeps experts dense and has no ranks")
         if self.gate_k > self.k and self.routing_use_diff:
-            raise ConfigError(f"gate_k={self.gate_k} is above k={self.k}, up to which param_ratio chooses ranks")
+            raise ConfigError(f"gate_k={self.gate_k} is above k={self.k}, the largest rank that param_ratio allocates")
 
     @property
     def compute_device(self) -> torch.device:
-        """The device the factors are computed on.
+        """The device of the factorization.
 
         Raises:
-            ConfigError: if this machine doesn't have it.
+            ConfigError: This machine does not have the device.
         """
         name = self.upscaling_accelerator or self.device
         if name == "auto":
@@ -159,46 +170,53 @@ class SmileConfig:
         return device
 
     def to_dict(self) -> dict[str, Any]:
+        """All options by name."""
         return asdict(self)
 
     @classmethod
-    def recorded(cls, options: Mapping[str, Any]) -> SmileConfig:
-        """The options that a checkpoint was built with; where it was factored then says nothing about this machine."""
+    def from_dict(cls, options: Mapping[str, Any]) -> SmileConfig:
+        """Build a config from a mapping.
+
+        Raises:
+            ConfigError: A key is unknown; the message names the nearest valid one.
+        """
+        check_keys(options, [f.name for f in fields(cls)])
+        return cls(**options)
+
+    @classmethod
+    def from_checkpoint(cls, options: Mapping[str, Any]) -> SmileConfig:
+        """Build a config from a checkpoint's options, without the device of the machine that wrote it."""
         return cls.from_dict({**options, "device": "auto", "upscaling_accelerator": None})
 
     @classmethod
-    def given(cls, config: SmileConfig | None, options: Mapping[str, Any]) -> SmileConfig:
-        """The options of a call that takes them either as a config or as keywords.
+    def resolve(cls, config: SmileConfig | None, options: Mapping[str, Any]) -> SmileConfig:
+        """The config of a call that takes either a config or keywords.
 
         Raises:
-            ConfigError: if both are given, or for an unknown keyword.
+            ConfigError: Both are given, or a keyword is unknown.
         """
         if config is not None and options:
             raise ConfigError(f"give either config or keywords, not both (got {', '.join(options)})")
         return config or cls.from_dict(options)
 
-    @classmethod
-    def from_dict(cls, options: Mapping[str, Any]) -> SmileConfig:
-        """Build from a mapping.
 
-        Raises:
-            ConfigError: for an unknown key; the message names the nearest valid one.
-        """
-        check_keys(options, [f.name for f in fields(cls)])
-        return cls(**options)
-
-
-def check_keys(options: Mapping[str, Any], known: list[str]) -> None:
+def check_keys(options: Mapping[str, Any], valid: list[str]) -> None:
     """Refuse unknown keys.
 
     Raises:
-        ConfigError: naming every unknown key and the nearest valid one.
+        ConfigError: It names every unknown key and the nearest valid one.
     """
-    unknown = [key for key in options if key not in known]
+    unknown = [key for key in options if key not in valid]
     if not unknown:
         return
     hints = []
     for key in unknown:
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
         hints.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-    raise ConfigError(f"unknown option {', '.join(hints)}; valid options: {', '.join(known)}")
+    raise ConfigError(f"unknown option {', '.join(hints)}; valid options: {', '.join(valid)}")
+
+
+def _as_patterns(value: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    return (value,) if isinstance(value, str) else tuple(str(pattern) for pattern in value)

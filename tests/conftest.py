@@ -1,3 +1,5 @@
+"""Small models, their inputs and experts, for all tests."""
+
 from __future__ import annotations
 
 import copy
@@ -9,8 +11,14 @@ from torch import nn
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -37,6 +45,21 @@ def tied_llama() -> nn.Module:
         num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+def gpt2() -> nn.Module:
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=24, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config).eval()
+
+
+def resnet() -> nn.Module:
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5)
+    return ResNetForImageClassification(config).eval()
+
+
+def convnext() -> nn.Module:
+    config = ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=2, num_labels=5)
+    return ConvNextForImageClassification(config).eval()
 
 
 def mlp() -> nn.Module:

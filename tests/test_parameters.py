@@ -1,4 +1,4 @@
-"""Parameter counts on the meta device: the paper's, and those of models that were really built."""
+"""Parameter counts on the meta device: the paper's, and those of models that are built."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from conftest import clip_tower, experts_of, t5
-from test_parity import framework
+from parity import upscale_by_framework
 
 from fusion_bench_smile import upscale
+from fusion_bench_smile.nn import count_parameters
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -27,9 +28,9 @@ def test_the_papers_mistral_table():
     model, excluded, rows = models()["Mistral-7B"]
     assert PAPER.keys() <= set(rows)
     for row, expected in PAPER.items():
-        base, theirs, ours = counts(model, excluded, *row)
-        assert (base, theirs) == (7_241_732_096, expected)
-        assert base < ours < theirs
+        pretrained, by_framework, by_plugin = counts(model, excluded, *row)
+        assert (pretrained, by_framework) == (7_241_732_096, expected)
+        assert pretrained < by_plugin < by_framework
 
 
 @pytest.mark.parametrize("make", [clip_tower, t5])
@@ -37,16 +38,16 @@ def test_the_papers_mistral_table():
 def test_the_counts_are_those_of_built_models(make, experts, gate_k, k):
     base = make()
     tuned = experts_of(base, experts)
-    _, theirs, ours = counts(base, [], experts, gate_k, k)
+    _, by_framework, by_plugin = counts(base, [], experts, gate_k, k)
 
     def weights(model) -> int:
-        """Without what experts add as biases."""
+        """The number of parameters without the biases of experts."""
         layers = [module for module in model.modules() if hasattr(module, "layout") and module.expert_bias is not None]
         biases = sum(layer.expert_bias.numel() for layer in layers)
         for module in model.modules():
             if type(module).__name__ == "SmileCompressedLinear":
                 biases += 0 if module.bias is None else module.bias.numel()
-        return sum(parameter.numel() for parameter in model.parameters()) - biases
+        return count_parameters(model) - biases
 
-    assert weights(upscale(base, tuned, gate_k=gate_k, k=k)) == ours
-    assert weights(framework(base, tuned, gate_k=gate_k, k=k)) == theirs
+    assert weights(upscale(base, tuned, gate_k=gate_k, k=k)) == by_plugin
+    assert weights(upscale_by_framework(base, tuned, gate_k=gate_k, k=k)) == by_framework

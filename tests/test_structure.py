@@ -1,90 +1,148 @@
-"""Dependencies point one way: the hot path knows torch alone, and nothing knows the adapter."""
+"""The structure of the repository: import order, public names, docstrings, function lengths."""
 
 from __future__ import annotations
 
-import ast
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent.parent / "fusion_bench_smile"
+import pytest
+from structure import (
+    AREAS,
+    DOCUMENTED,
+    ROOT,
+    Import,
+    exported_names,
+    function_lengths,
+    imports,
+    percentile,
+    public_definitions,
+    python_files,
+    report,
+)
+
+LIBRARY = ROOT / "fusion_bench_smile"
+# a folder or module of the library imports those with a smaller number, and itself
+ORDER = {
+    "_version": 0, "exceptions": 0, "config": 1, "nn": 2, "io": 3, "construction": 4, "reports": 5, "analysis": 6,
+    "leaderboard": 6, "framework": 7,
+}  # fmt: skip
+FRAMEWORK_PACKAGES = {"fusion_bench", "hydra", "lightning", "omegaconf"}
+USERS = {"zoo": ROOT / "zoo", "recipes": ROOT / "zoo", "studies": ROOT}  # area → folder on the import path
 
 
-def imports(file: Path) -> set[str]:
-    found: set[str] = set()
-    package = ["fusion_bench_smile", *file.relative_to(PACKAGE).parent.parts]
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
-    return found
+def room_of(file: Path) -> str:
+    """The folder of the library that a file lies in, or its module in the root."""
+    return file.relative_to(LIBRARY).with_suffix("").parts[0]
 
 
-ALLOWED = {
-    "errors.py": set(),
-    "factors.py": {"torch"},
-    "layers.py": {"torch"},
-    "prototypes.py": {"torch"},
-    "budget.py": {"fusion_bench_smile.errors"},
-    "scopes.py": {"torch", *(f"fusion_bench_smile.{name}" for name in ("layers", "prototypes"))},
-    "own.py": {"torch", "fusion_bench_smile.scopes"},
-    "storage.py": {"torch", "fusion_bench_smile.layers"},
-    "routing.py": {"torch", "fusion_bench_smile.layers"},
-    "config.py": {
-        "torch",
-        *(f"fusion_bench_smile.{name}" for name in ("budget", "errors", "layers", "own", "scopes")),
-    },
-    "workers.py": {"torch"},
-    "plan.py": {"torch", *(f"fusion_bench_smile.{name}" for name in ("budget", "errors", "config", "kin", "workers"))},
-}
+def library_imports() -> list[Import]:
+    """All imports of the library but those of its root, which exports names of all folders."""
+    return [each for file in python_files(LIBRARY) if room_of(file) != "__init__" for each in imports(file)]
 
 
-def test_the_hot_path_imports_torch_alone():
-    for name, allowed in ALLOWED.items():
-        for module in imports(PACKAGE / name):
-            standard = module.split(".")[0] in sys.stdlib_module_names
-            assert standard or any(module == a or module.startswith(f"{a}.") for a in allowed), (
-                f"{name} imports {module}"
-            )
+def imported_room(each: Import) -> str | None:
+    """The folder or module of the library that an import is of; None for other packages."""
+    if each.top != LIBRARY.name:
+        return None
+    parts = [*each.module.split("."), *([each.name] if each.name else [])]
+    return parts[1]
 
 
-def test_only_the_adapter_and_the_benchmark_know_the_framework():
-    knowing = {
-        str(f.relative_to(PACKAGE))
-        for f in PACKAGE.rglob("*.py")
-        if any(i.split(".")[0] == "fusion_bench" for i in imports(f))
-    }
-    assert knowing == {
-        "algorithm.py",
-        "evaluation.py",
-        "glue.py",
-        "individual.py",
-        "modelpool.py",
-        "program.py",
-        "sweep.py",
-        "taskpool.py",
-        "text_classification.py",
-        "analysis/methods.py",
-        "embedded/__init__.py",
-        "embedded/beyond/rivals.py",
-        "embedded/choose.py",
-    }
+def test_every_folder_is_in_the_order():
+    assert {room_of(file) for file in python_files(LIBRARY)} == {"__init__", *ORDER}
 
 
-def test_nothing_imports_the_adapter():
-    for file in PACKAGE.rglob("*.py"):
-        if file.name != "__init__.py":
-            assert not any(i.startswith("fusion_bench_smile.algorithm") for i in imports(file)), file
+def test_no_folder_imports_one_to_its_right():
+    for each in library_imports():
+        here, there = room_of(each.file), imported_room(each)
+        if there is not None and there != here:
+            assert ORDER.get(there, 99) < ORDER[here], str(each)
+
+
+def test_nn_imports_torch_and_the_class_of_conv1d_alone():
+    for each in library_imports():
+        if room_of(each.file) == "nn" and each.top not in {*sys.stdlib_module_names, "torch", LIBRARY.name}:
+            assert each.module == "transformers.pytorch_utils", str(each)
+
+
+def test_the_framework_is_imported_in_its_folder_alone():
+    allowed = {(LIBRARY / "leaderboard" / "published.py", "omegaconf")}  # it reads tables of published scores
+    for each in library_imports():
+        if each.top in FRAMEWORK_PACKAGES and (each.file, each.top) not in allowed:
+            assert room_of(each.file) == "framework", str(each)
 
 
 def test_the_framework_smile_is_no_ancestor():
-    for file in PACKAGE.rglob("*.py"):
-        assert not any("smile_upscaling" in i or "smile_moe" in i for i in imports(file)), file
+    for each in library_imports():
+        if each.top == "fusion_bench":
+            name = f"{each.module}.{each.name}"
+            assert not any(part in name for part in ("smile_upscaling", "smile_moe", "SmileUpscaling")), str(each)
 
 
-def test_importing_the_package_does_not_import_the_framework():
-    code = "import sys, fusion_bench_smile; assert not {'fusion_bench', 'lightning', 'hydra'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_the_library_imports_neither_zoo_nor_recipes_nor_studies():
+    outside = {"smile_zoo", "recipes", "studies", "benchmarks", "tests"}
+    for file in python_files(LIBRARY):
+        assert not [str(each) for each in imports(file) if each.top in outside]
+
+
+@pytest.mark.parametrize("area", USERS)
+def test_other_areas_use_public_names_of_packages(area):
+    """They import from the library, its packages, its options and its errors: never a module inside of a package."""
+    files = python_files(ROOT / AREAS[area])
+    assert files
+    for each in (each for file in files for each in imports(file, USERS[area])):
+        if each.top != LIBRARY.name:
+            continue
+        source = ROOT.joinpath(*each.module.split("."))
+        assert source.is_dir() or source in (LIBRARY / "config", LIBRARY / "exceptions"), f"{each} is no package"
+        assert not any(part.startswith("_") for part in (*each.module.split("."), each.name or "")), str(each)
+        exported = exported_names(source)
+        assert each.name is None or exported is None or each.name in exported, f"{each} is not exported"
+
+
+@pytest.mark.parametrize("area", USERS)
+def test_the_zoo_is_used_by_recipes_and_studies_and_studies_by_nobody(area):
+    allowed = {
+        "zoo": {"smile_zoo"},
+        "recipes": {"smile_zoo", "recipes"},
+        "studies": {"smile_zoo", "recipes", "studies"},
+    }
+    for each in (each for file in python_files(ROOT / AREAS[area]) for each in imports(file, USERS[area])):
+        if each.top in {"smile_zoo", "recipes", "studies"}:
+            assert each.top in allowed[area], str(each)
+
+
+def test_importing_the_package_costs_little_more_than_torch():
+    unwanted = ("fusion_bench", "lightning", "hydra", "pandas", "peft", "matplotlib")
+    code = f"import sys, fusion_bench_smile; sys.exit(', '.join(sorted({{*{unwanted!r}}} & set(sys.modules))) or 0)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("area", DOCUMENTED)
+def test_every_public_definition_has_a_docstring(area):
+    definitions = list(public_definitions(ROOT / AREAS[area]))
+    assert len(definitions) > 20
+    assert [name for name, has_docstring in definitions if not has_docstring] == []
+
+
+def test_functions_of_the_library_are_short():
+    lengths = function_lengths(LIBRARY)
+    assert statistics.median(lengths) <= 7
+    assert percentile(lengths, 0.9) <= 20
+
+
+def test_the_figures_are_printed_for_any_checkout(tmp_path):
+    (tmp_path / "fusion_bench_smile" / "io").mkdir(parents=True)
+    (tmp_path / "fusion_bench_smile" / "__init__.py").write_text('"""A package."""\n')
+    (tmp_path / "fusion_bench_smile" / "one.py").write_text(
+        '"""A module."""\n\n\nclass A:\n    def method(self):\n        """A method."""\n\n'
+        "    def _private(self):\n        pass\n"
+    )
+    (tmp_path / "fusion_bench_smile" / "io" / "_hidden.py").write_text("def f():\n    pass\n")
+    text = report(tmp_path)
+    assert "modules in the root of fusion_bench_smile: 1 (one)" in text
+    assert text.splitlines()[-1].split() == ["library", "3", "12", "3", "2", "2", "2", "3", "of", "4", "(75.0%)"]
+    assert "zoo " in report(ROOT)

@@ -1,4 +1,4 @@
-"""The task vectors of all experts, layer by layer: what the studies of weights look at."""
+"""Task vectors of all experts, layer by layer."""
 
 from __future__ import annotations
 
@@ -10,25 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SmileConfig
-from ..kin import routed_class
-from ..plan import make_plan
-from ..sources import Openable, StateSource, open_source, tied_names
-from ..upscale import open_all
+from ..construction import make_plan, open_experts
+from ..io import ExpertSource, StateDictSource, open_source, tied_names
+from ..nn import routed_type_of
 
 
 @dataclass(frozen=True)
 class LayerDeltas:
-    """One linear layer.
+    """The deltas of one layer."""
 
-    Attributes:
-        name: in the pretrained model.
-        weight: W₀ (out, in), in at least float32.
-        experts: expert → ΔW (out, in).
-    """
-
-    name: str
-    weight: Tensor
-    experts: dict[str, Tensor]
+    name: str  # in the pretrained model
+    weight: Tensor  # W₀ (out, in), at least float32
+    experts: dict[str, Tensor]  # expert → ΔW (out, in), in the dtype of the weight
 
     @property
     def type(self) -> str:
@@ -37,25 +30,25 @@ class LayerDeltas:
 
 
 @torch.no_grad()
-def layer_deltas(pretrained: nn.Module, experts: Mapping[str, Openable]) -> Iterator[LayerDeltas]:
-    """Every layer that `upscale` would upscale.
+def layer_deltas(pretrained: nn.Module, experts: Mapping[str, ExpertSource]) -> Iterator[LayerDeltas]:
+    """The deltas of every layer that `upscale` upscales.
 
-    Experts that are folders are read tensor by tensor; functions that load one are called once, and all are kept.
+    Experts in folders are read tensor by tensor; an expert given by a function is loaded once and kept in memory.
 
     Raises:
-        PlanError: for models that can't be upscaled together; see `upscale`.
+        PlanError: If the models cannot be upscaled together; see `upscale`.
     """
     plan = make_plan(pretrained, len(experts), SmileConfig(k=1, gate_k=1))
-    base, aliases = StateSource(pretrained.state_dict()), tied_names(pretrained)
-    opened = open_all(plan, experts, base, aliases)
+    base, aliases = StateDictSource(pretrained.state_dict()), tied_names(pretrained)
+    opened = open_experts(plan, experts, base, aliases)
     sources = {
         name: source or open_source(cast(Callable[[], Any], experts[name])(), base, aliases)
         for name, source in opened.items()
     }
     for layer in plan.layers:
-        matrix = routed_class(pretrained.get_submodule(layer.name)).matrix
+        matrix = routed_type_of(pretrained.get_submodule(layer.name)).weight_matrix
         key = f"{layer.name}.weight"
-        plain = base.read(key)
-        weight = matrix(plain.to(torch.promote_types(plain.dtype, torch.float32)))
+        stored = base.read(key)
+        weight = matrix(stored.to(torch.promote_types(stored.dtype, torch.float32)))
         tuned = {name: matrix(source.read(key)).to(weight) for name, source in sources.items() if source is not None}
-        yield LayerDeltas(layer.name, weight, {name: matrix - weight for name, matrix in tuned.items()})
+        yield LayerDeltas(layer.name, weight, {name: expert - weight for name, expert in tuned.items()})

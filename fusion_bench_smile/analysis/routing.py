@@ -1,54 +1,42 @@
-"""Does the router find the expert? For inputs of a known task, what every layer picks (arXiv 2408.10174, section 4)."""
+"""Router accuracy: which experts the routers choose for inputs of a known task (arXiv 2408.10174, section 4)."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..layers import Routed
-from ..routing import record_routing
-from .inputs import Call
+from ..nn import LayerRouting, layers_with_router, record_routing
+from .capture import ModelCall
 
 log = logging.getLogger(__name__)
 
-COINCIDING = 0.99  # cosine of a principal angle
+COINCIDING = 0.99  # cosine of the largest principal angle
 
 
 @torch.no_grad()
-def routing_by_task(model: nn.Module, calls: Mapping[str, Sequence[Call]], experts: Sequence[str]) -> pd.DataFrame:
-    """What every router picks for the inputs of each task. Padding, where the model is told of it, doesn't count.
+def routing_by_task(model: nn.Module, calls: Mapping[str, Sequence[ModelCall]], experts: Sequence[str]) -> pd.DataFrame:
+    """The routing of every layer for the inputs of each task; padding is excluded where the call has an attention mask.
 
     Args:
-        model: an upscaled one.
-        calls: task → calls of the model with inputs of that task.
-        experts: their names, in the model's order.
+        experts: Names of the T experts, in the order of the model.
 
     Returns:
-        One row for each layer, task and expert: ``layer``, ``task``, ``expert``, ``share`` (of the task's tokens'
-        weights that go to the expert, from 0 to 1) and ``entropy`` (mean of the softmax over all experts, relative to
-        an even choice: the same for all experts of a layer and task).
+        One row for each layer, task and expert: ``layer``, ``task``, ``expert``, ``share`` (of the routing weights of
+        the task's tokens, from 0 to 1) and ``entropy`` (mean entropy of the softmax over all experts, relative to the
+        uniform distribution; the same for all experts of a layer and task).
     """
     rows = []
-    for task, of_task in calls.items():
+    for task, task_calls in calls.items():
         with record_routing(model) as routing:
-            for call in of_task:
+            for call in task_calls:
                 call(model)
-        for layer, seen in routing.items():
-            total, entropies, tokens = torch.zeros(len(experts), dtype=torch.float64), 0.0, 0
-            for number, call in enumerate(of_task):
-                keep = call.real(seen.scores[number])
-                scores = seen.scores[number][keep].double()
-                choices, weights = seen.choices[number][keep], seen.weights[number][keep]
-                total.index_add_(0, choices.flatten().cpu(), weights.flatten().double().cpu())
-                logs = scores.log_softmax(-1)
-                entropies -= float((logs.exp() * logs).sum())
-                tokens += len(scores)
-            entropy = entropies / tokens / torch.tensor(float(len(experts))).log().item()
-            shares = (total / total.sum()).tolist()
+        for layer, recorded in routing.items():
+            shares, entropy = _shares_and_entropy(recorded, task_calls)
             rows += [
                 {"layer": layer, "task": task, "expert": name, "share": share, "entropy": entropy}
                 for name, share in zip(experts, shares, strict=True)
@@ -56,60 +44,76 @@ def routing_by_task(model: nn.Module, calls: Mapping[str, Sequence[Call]], exper
     return pd.DataFrame(rows)
 
 
+def _shares_and_entropy(recorded: LayerRouting, calls: Sequence[ModelCall]) -> tuple[list[float], float]:
+    """The share of each expert (T,) and the relative entropy, over all tokens except padding."""
+    count = recorded.scores[0].shape[-1]
+    total, entropies, tokens = torch.zeros(count, dtype=torch.float64), 0.0, 0
+    for call, scores, experts, weights in zip(calls, recorded.scores, recorded.experts, recorded.weights, strict=True):
+        mask = call.token_mask(scores)
+        scores = scores[mask].double()
+        total.index_add_(0, experts[mask].flatten().cpu(), weights[mask].flatten().double().cpu())
+        log_probabilities = scores.log_softmax(-1)
+        entropies -= float((log_probabilities.exp() * log_probabilities).sum())
+        tokens += len(scores)
+    uniform = torch.tensor(float(count)).log().item()  # entropy of the uniform distribution
+    return (total / total.sum()).tolist(), entropies / tokens / uniform
+
+
+def _mean_shares(routing: pd.DataFrame, rows: str) -> pd.DataFrame:
+    table = routing.pivot_table(index=rows, columns="expert", values="share")
+    return table.loc[routing[rows].unique(), routing["expert"].unique()]
+
+
 def confusion(routing: pd.DataFrame) -> pd.DataFrame:
-    """Task × expert: the share of a task's tokens that an expert serves, mean over the layers. Rows add up to 1."""
-    tasks, experts = routing["task"].unique(), routing["expert"].unique()
-    return routing.pivot_table(index="task", columns="expert", values="share").loc[tasks, experts]
+    """Task × expert: the share of the task's tokens that the expert serves, averaged over the layers; rows sum to 1."""
+    return _mean_shares(routing, "task")
 
 
 def layer_accuracy(routing: pd.DataFrame) -> pd.Series:
-    """For each layer the share of tokens that go to their task's own expert, mean over the tasks that have one."""
-    own = routing[routing["task"] == routing["expert"]]
-    return own.groupby("layer", sort=False)["share"].mean()
+    """Router accuracy of each layer, from 0 to 1: the share of tokens that are served by their task's expert.
+
+    It is the mean over the tasks that have an expert of the same name.
+    """
+    correct = routing[routing["task"] == routing["expert"]]
+    return correct.groupby("layer", sort=False)["share"].mean()
 
 
 def layer_load(routing: pd.DataFrame) -> pd.DataFrame:
-    """Layer × expert: the share of all tasks' tokens, each task counting the same. Rows add up to 1."""
-    layers, experts = routing["layer"].unique(), routing["expert"].unique()
-    return routing.pivot_table(index="layer", columns="expert", values="share").loc[layers, experts]
+    """Layer × expert: the share of tokens that the expert serves, averaged over the tasks; rows sum to 1."""
+    return _mean_shares(routing, "layer")
 
 
 @torch.no_grad()
 def coinciding_gates(model: nn.Module, experts: Sequence[str]) -> pd.DataFrame:
-    """Pairs of experts whose router rows in a layer nearly span the same space: no score can tell them apart.
+    """Compare the spans of the router rows of each pair of experts, named in the order of the model.
+
+    Pairs with a cosine above `COINCIDING`, which the scores cannot separate, are logged as warnings.
 
     Returns:
-        One row for each layer and pair: ``layer``, ``first``, ``second``, ``cosine`` (of the largest principal angle
-        between their router rows' spans; of the smaller span where they differ in rank). Pairs above `COINCIDING` are
-        logged as warnings.
+        One row for each layer and pair: ``layer``, ``first``, ``second`` and ``cosine``, the cosine of the largest
+        principal angle between the two spans (of the smaller one, where the ranks differ).
     """
     rows = []
-    for name, layer in model.named_modules():
-        gate = layer.rows("gate") if isinstance(layer, Routed) else None
-        if gate is None:
-            continue
-        spans = [_span(rows_of) for rows_of in gate.double().split(list(layer.layout.gate_ranks))]
-        for i, first in enumerate(spans):
-            for j in range(i + 1, len(spans)):
-                if not (len(first) and len(spans[j])):
-                    continue
-                cosine = float(torch.linalg.svdvals(first @ spans[j].mT).min())
-                rows.append({"layer": name, "first": experts[i], "second": experts[j], "cosine": cosine})
-                if cosine > COINCIDING:
-                    log.warning(
-                        "%s: the router rows of %s and %s nearly coincide (cosine %.3f): their scores don't tell "
-                        "which of the two an input needs", name, experts[i], experts[j], cosine,
-                    )  # fmt: skip
-    return pd.DataFrame(rows, columns=["layer", "first", "second", "cosine"])
+    for name, layer in layers_with_router(model).items():
+        gates = {expert: layer.rows("gate", number) for number, expert in enumerate(experts)}
+        # orthonormal rows (gate rank, in)
+        spans = {expert: torch.linalg.qr(gate.double().mT).Q.mT for expert, gate in gates.items() if gate is not None}
+        for first, second in combinations(spans, 2):
+            cosine = float(torch.linalg.svdvals(spans[first] @ spans[second].mT).min())
+            rows.append({"layer": name, "first": first, "second": second, "cosine": cosine})
+    table = pd.DataFrame(rows, columns=["layer", "first", "second", "cosine"])
+    for row in table[table["cosine"] > COINCIDING].to_dict("records"):
+        log.warning(
+            "%(layer)s: the router rows of %(first)s and %(second)s nearly coincide (cosine %(cosine).3f): "
+            "their scores cannot separate the two experts",
+            row,
+        )
+    return table
 
 
 @torch.no_grad()
-def token_choices(model: nn.Module, call: Call, layer: str) -> Tensor:
-    """The first expert of every token in one layer: (batch, tokens), expert numbers."""
+def token_choices(model: nn.Module, call: ModelCall, layer: str) -> Tensor:
+    """The index of the first expert of every token in a layer with a router: (batch, tokens), int64."""
     with record_routing(model) as routing:
         call(model)
-    return routing[layer].choices[0][..., 0]
-
-
-def _span(rows: Tensor) -> Tensor:
-    return torch.linalg.qr(rows.mT).Q.mT
+    return routing[layer].experts[0][..., 0]

@@ -1,7 +1,15 @@
-"""Leaderboards: reports of runs as tables, pictures and a web page."""
+"""Leaderboards: the reports of runs as tables, figures and a web page."""
 
 from .boards import Board, arrange, boards, pareto
-from .command import leaderboard, write
-from .gather import Run, Skipped, gather
+from .command import leaderboard, show, write
+from .figures import family, rank_grid, rank_heatmaps, scatter, task_bars
+from .gather import Gathered, Run, Skipped, gather
+from .page import page
+from .published import Published, published_for
+from .tables import csv, latex, markdown, rich_table
 
-__all__ = ["Board", "Run", "Skipped", "arrange", "boards", "gather", "leaderboard", "pareto", "write"]
+__all__ = [
+    "Board", "Gathered", "Published", "Run", "Skipped", "arrange", "boards", "csv", "family", "gather", "latex",
+    "leaderboard", "markdown", "page", "pareto", "published_for", "rank_grid", "rank_heatmaps", "rich_table", "scatter",
+    "show", "task_bars", "write",
+]  # fmt: skip

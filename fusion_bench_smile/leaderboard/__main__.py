@@ -1,4 +1,4 @@
-"""``python -m fusion_bench_smile.leaderboard``, the same as ``smile-leaderboard``."""
+"""``python -m fusion_bench_smile.leaderboard``: the command ``smile-leaderboard``."""
 
 from .command import main
 

@@ -1,29 +1,30 @@
-"""Boards: for each benchmark one table, with a row for each run."""
+"""Boards: one table for each benchmark, with one row for each run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
 import pandas as pd
 
-from ..errors import SmileError
-from ..report import RunReport, average_of, retention_of
+from ..exceptions import SmileError
+from ..reports import TaskResult, average_of, retention_of
 from .gather import Run
 from .published import published_for
 
 MEASURED, PUBLISHED = "measured", "published"
 COLUMNS = {
-    "average": "mean of the tasks' scores, in %",
+    "average": "mean score of the tasks, in %",
     "retention": "average in % of the individual models' average",
-    "parameters": "relative to the pretrained model",
-    "bytes": "of the parameters, relative to the pretrained model's",
-    "seconds": "to construct the model",
-    "memory": "peak while constructing, beyond what was held before, in MB; of the accelerator, if there is one",
-    "throughput": "samples per second while evaluating",
+    "parameters": "number of parameters relative to the pretrained model",
+    "bytes": "size of the parameters relative to the pretrained model",
+    "seconds": "construction time of the model",
+    "memory": "peak memory of the construction beyond the memory held at its start, in MB; device memory on a GPU",
+    "throughput": "samples per second during evaluation",
 }
-ASCENDING = ("parameters", "bytes", "seconds", "memory", "method")  # what is better, or comes first, when smaller
+OPTIONS = ("gate_k", "k", "top_k")
+ASCENDING = ("parameters", "bytes", "seconds", "memory", "method")  # sorted from small to large
 
 
 @dataclass
@@ -31,10 +32,11 @@ class Board:
     """All runs of one benchmark.
 
     Attributes:
-        tasks: column names, in the order of the task pool.
-        table: columns ``method``, `tasks`, those of `COLUMNS`, ``origin`` (measured or published), ``kind``
-            (individual or merged), ``gate_k``, ``k``, ``top_k``, ``device``, ``folder``.
-        notes: what has to be known to read it.
+        benchmark: Name of the benchmark.
+        tasks: Names of the tasks, in the order of the task pool.
+        table: One row for each run: ``method``, the scores of `tasks` in percent, `COLUMNS`, ``origin`` (``measured``
+            or ``published``), ``kind`` (``individual`` or ``merged``), `OPTIONS`, ``device`` and ``folder``.
+        notes: Remarks on the table.
     """
 
     benchmark: str
@@ -44,13 +46,14 @@ class Board:
 
     @property
     def measured(self) -> pd.DataFrame:
+        """The rows of measured runs."""
         return self.table[self.table["origin"] == MEASURED]
 
 
 def boards(runs: Iterable[Run], published: bool = True) -> list[Board]:
-    """Group runs by benchmark, and put published results beside them.
+    """One board for each benchmark of some runs, sorted by name.
 
-    Retention is against the board's own individual models, wherever their run lies.
+    Retention refers to the individual models of the same benchmark. Published results are appended as reference rows.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -58,21 +61,16 @@ def boards(runs: Iterable[Run], published: bool = True) -> list[Board]:
     return [_board(name, groups[name], published) for name in sorted(groups)]
 
 
-def arrange(
-    board: Board,
-    sort: str = "average",
-    methods: Sequence[str] = (),
-    where: str | None = None,
-) -> Board:
-    """Sort the rows of a board and choose among them.
+def arrange(board: Board, sort: str = "average", methods: Sequence[str] = (), where: str | None = None) -> Board:
+    """A board with sorted and filtered rows.
 
     Args:
-        sort: a column; the best comes first, published rows last.
-        methods: patterns of the methods to keep, e.g. ``SMILE*``; none keeps all.
-        where: a condition on columns as pandas' ``query`` reads it, e.g. ``parameters < 1.5 and gate_k == 16``.
+        sort: A column; the best row comes first, published rows last.
+        methods: Glob patterns of the methods to keep, e.g. ``SMILE*``; an empty sequence keeps all.
+        where: A condition for `pandas.DataFrame.query`, e.g. ``parameters < 1.5 and gate_k == 16``.
 
     Raises:
-        SmileError: for a column or condition that can't be.
+        SmileError: For an unknown column or an invalid condition.
     """
     table = board.table
     if methods:
@@ -80,80 +78,81 @@ def arrange(
     if where:
         try:
             table = table.query(where)
-        except Exception as error:  # pandas raises many kinds
+        except Exception as error:  # pandas raises many types
             raise SmileError(f"--where {where!r}: {error}; the columns are {', '.join(board.table.columns)}") from None
     if sort not in table.columns:
         raise SmileError(f"--sort {sort}: the columns are {', '.join(board.table.columns)}")
     ordered = table.sort_values(sort, ascending=sort in ASCENDING, na_position="last", kind="stable")
-    first = ordered["origin"] == MEASURED
-    return Board(board.benchmark, board.tasks, pd.concat([ordered[first], ordered[~first]]), board.notes)
+    measured = ordered["origin"] == MEASURED
+    return Board(board.benchmark, board.tasks, pd.concat([ordered[measured], ordered[~measured]]), board.notes)
 
 
-def pareto(table: pd.DataFrame, cost: str = "parameters", gain: str = "average") -> pd.Series:
-    """Which rows are on the Pareto front: none is as cheap and better, or cheaper and as good."""
-    known = table[[cost, gain]].dropna().sort_values([cost, gain], ascending=[True, False])
-    best = known[gain].cummax().shift(fill_value=float("-inf"))
-    front = known.index[known[gain] > best]
+def pareto(table: pd.DataFrame, cost: str = "parameters", score: str = "average") -> pd.Series:
+    """Whether each row is on the Pareto front of minimal cost and maximal score, the first of several equal rows.
+
+    Rows with missing values are never on the front.
+    """
+    known = table[[cost, score]].dropna().sort_values([cost, score], ascending=[True, False])
+    best = known[score].cummax().shift(fill_value=float("-inf"))
+    front = known.index[known[score] > best]
     return pd.Series(table.index.isin(front), index=table.index)
 
 
 def _board(benchmark: str, runs: list[Run], published: bool) -> Board:
-    fullest = max(runs, key=lambda run: len(run.report.tasks)).report
-    tasks = list(fullest.tasks)
-    own = next((run.report.tasks for run in runs if run.report.kind == "individual"), {})
-    rows = []
-    for run in runs:
-        report = run.report
-        retention = 100.0 if report.kind == "individual" else retention_of(report.tasks, own)
-        rows.append(_row(run) | {"retention": report.retention if retention is None else retention})
+    reference = max(runs, key=lambda run: len(run.report.tasks)).report
+    tasks = list(reference.tasks)
+    individual = next((run.report.tasks for run in runs if run.report.kind == "individual"), {})
+    rows = [_row(run, individual) for run in runs]
     notes = []
     if any(list(run.report.tasks) != tasks for run in runs):
-        notes.append("some runs don't have all tasks: their averages aren't comparable")
+        notes.append("some runs lack tasks: their averages are not comparable")
     if any(run.report.kind == "individual" for run in runs):
-        notes.append("the individual models' parameters are all of theirs together")
-    found = published_for(fullest.modelpool, tasks) if published else None
-    if found is not None:
-        rows += _reference_rows(found.table, found.individual)
-        notes += [f"rows marked † are published, not measured here: {found.source}", found.smile]
+        notes.append("the parameters of the individual models are those of all models together")
+    results = published_for(reference.modelpool, tasks) if published else None
+    if results is not None:
+        rows += _reference_rows(results.table, results.individual)
+        notes += [f"rows marked † are published, not measured here: {results.source}", results.smile]
+    return Board(benchmark, tasks, _table(rows, tasks), notes)
+
+
+def _table(rows: list[dict[str, object]], tasks: list[str]) -> pd.DataFrame:
     table = pd.DataFrame(rows)
-    for column in [*tasks, *COLUMNS, "gate_k", "k", "top_k"]:
+    for column in [*tasks, *COLUMNS, *OPTIONS]:
         table[column] = pd.to_numeric(table[column]) if column in table else float("nan")
     leading = ["method", *tasks, *COLUMNS]
-    return Board(benchmark, tasks, table[[*leading, *(c for c in table if c not in leading)]], notes)
+    return table[[*leading, *(column for column in table if column not in leading)]]
 
 
-def _row(run: Run) -> dict[str, object]:
+def _row(run: Run, individual: Mapping[str, TaskResult]) -> dict[str, object]:
     report = run.report
-    constructed = report.construction if report.kind == "merged" else None
+    retention = 100.0 if report.kind == "individual" else retention_of(report.tasks, individual)
+    construction = report.construction if report.kind == "merged" else None
+    options = {name: report.method.get(name) for name in OPTIONS}
     return {
         "method": report.label,
         **{name: task.score for name, task in report.tasks.items()},
         "average": average_of(report.tasks),
-        "parameters": report.ratio,
+        "retention": report.retention if retention is None else retention,
+        "parameters": report.parameter_ratio,
         "bytes": report.byte_ratio,
-        "seconds": constructed and constructed.seconds,
-        "memory": constructed and constructed.peak_megabytes,
+        "seconds": construction and construction.seconds,
+        "memory": construction and construction.peak_megabytes,
         "throughput": report.samples_per_second,
         "origin": MEASURED,
         "kind": report.kind,
-        **{name: _number(report, name) for name in ("gate_k", "k", "top_k")},
+        **{name: float(value) if isinstance(value, (int, float)) else None for name, value in options.items()},
         "device": report.environment.accelerator,
         "folder": str(run.folder),
     }
 
 
-def _number(report: RunReport, option: str) -> float | None:
-    value = report.method.get(option)
-    return float(value) if isinstance(value, (int, float)) else None
-
-
 def _reference_rows(table: pd.DataFrame, individual: str) -> list[dict[str, object]]:
-    best = float(table.loc[individual, "average"])
+    reference = float(table.loc[individual, "average"])
     return [
         {
             "method": f"{method} †",
             **{str(column): value for column, value in row.items()},
-            "retention": 100 * row["average"] / best,
+            "retention": 100 * row["average"] / reference,
             "origin": PUBLISHED,
             "kind": "individual" if method == individual else "merged",
         }

@@ -1,7 +1,7 @@
-"""``smile-leaderboard``: gather run folders into tables, pictures and a page.
+"""The command ``smile-leaderboard``: tables, figures and a web page from the folders of runs.
 
-smile-leaderboard outputs                                  # a table in the terminal
-smile-leaderboard outputs --output leaderboard             # and Markdown, CSV, LaTeX, pictures, and a web page
+smile-leaderboard outputs                                  # print a table
+smile-leaderboard outputs --output leaderboard             # also write Markdown, CSV, LaTeX, figures and a web page
 smile-leaderboard outputs --where "parameters < 1.5" --sort retention --format markdown
 """
 
@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from ..errors import SmileError
+from ..exceptions import SmileError
+from ..io import write_bytes_atomically
+from ..reports import render_figure
 from . import figures, tables
 from .boards import Board, arrange, boards
-from .gather import Gathered, Skipped, gather
+from .gather import Skipped, gather
 from .page import page
 
 FORMATS = ("table", "markdown", "csv", "latex")
@@ -34,26 +36,27 @@ def leaderboard(
     sort: str = "average",
     published: bool = True,
 ) -> tuple[list[Board], list[Skipped]]:
-    """The boards of all runs in some folders, and what could not be used.
+    """The boards of all runs in some folders and their subfolders, and the runs that are left out.
 
     Args:
-        benchmarks: patterns of the benchmarks to keep; none keeps all.
-        methods, where, sort: see `arrange`.
-        published: show published results beside the measured ones.
+        benchmarks: Glob patterns of the benchmarks to keep; an empty sequence keeps all.
+        methods, where, sort: As for `arrange`.
+        published: Whether published results are shown beside the measured ones.
 
     Raises:
-        SmileError: if a folder doesn't exist, a column or condition is wrong, or nothing is left.
+        SmileError: For a missing folder, an unknown column, an invalid condition, or if no run is left.
     """
-    found = gather(folders)
-    chosen = [
+    gathered = gather(folders)
+    arranged = [
         arrange(board, sort, methods, where)
-        for board in boards(found.runs, published)
+        for board in boards(gathered.runs, published)
         if not benchmarks or any(fnmatch(board.benchmark, pattern) for pattern in benchmarks)
     ]
-    kept = [board for board in chosen if len(board.measured)]
+    kept = [board for board in arranged if len(board.measured)]
     if not kept:
-        raise SmileError(_nothing(found))
-    return kept, found.skipped
+        skipped = "".join(f"\n  {run.folder}: {run.reason}" for run in gathered.skipped[:20])
+        raise SmileError(f"no run is left to show: {len(gathered.runs)} complete runs before filtering{skipped}")
+    return kept, gathered.skipped
 
 
 def write(
@@ -62,43 +65,77 @@ def write(
     skipped: Sequence[Skipped] = (),
     title: str = "Leaderboard",
 ) -> list[Path]:
-    """Write tables, pictures (PNG and SVG) and the page into a folder; each file is complete or not there.
+    """Write tables, figures (PNG and SVG) and the web page into a folder, created if missing.
 
-    Returns:
-        The files.
+    All contents are rendered first, then each file is written atomically. The files are returned, sorted by name.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    drawn = [board for board in all_boards if figures.has_ratios(board)]
-    with tempfile.TemporaryDirectory(dir=target, prefix=".writing") as name:
-        scratch = Path(name)
-        (scratch / "leaderboard.md").write_text("\n".join(tables.markdown(board) for board in all_boards))
-        (scratch / "leaderboard.csv").write_text(tables.csv(list(all_boards)))
-        (scratch / "leaderboard.tex").write_text("\n".join(tables.latex(board) for board in all_boards))
-        (scratch / "leaderboard.html").write_text(page(all_boards, skipped, title))
-        if drawn:
-            figures.save(figures.scatter(drawn), scratch / "retention")
-        for number, board in enumerate(all_boards):
-            ending = f"-{number + 1}" if len(all_boards) > 1 else ""
-            figures.save(figures.task_bars(board), scratch / f"tasks{ending}")
-            if not figures.rank_grid(board).empty:
-                figures.save(figures.heat_maps(board), scratch / f"ranks{ending}")
-        files = sorted(scratch.iterdir())
-        for file in files:
-            os.replace(file, target / file.name)
-    return [target / file.name for file in files]
+    texts = {
+        "leaderboard.md": "\n".join(tables.markdown(board) for board in all_boards),
+        "leaderboard.csv": tables.csv(list(all_boards)),
+        "leaderboard.tex": "\n".join(tables.latex(board) for board in all_boards),
+        "leaderboard.html": page(all_boards, skipped, title),
+    }
+    contents = {name: text.encode() for name, text in texts.items()}
+    for name, figure in _figures(all_boards).items():
+        contents |= {f"{name}.{suffix}": content for suffix, content in render_figure(figure).items()}
+    for name, content in contents.items():
+        write_bytes_atomically(target / name, content)
+    return sorted(target / name for name in contents)
 
 
-def show(all_boards: Sequence[Board], form: str, console: Console) -> None:
-    """Print the boards in one of `FORMATS`."""
-    if form == "csv":
+def show(all_boards: Sequence[Board], output_format: str, console: Console) -> None:
+    """Print boards to standard output in one of `FORMATS`.
+
+    A table that is wider than the terminal leaves out the columns of single tasks.
+    """
+    if output_format == "csv":
         print(tables.csv(list(all_boards)), end="")
         return
     for board in all_boards:
-        if form == "table":
+        if output_format == "table":
             _print_table(board, console)
         else:
-            print(tables.markdown(board) if form == "markdown" else tables.latex(board))
+            print(tables.markdown(board) if output_format == "markdown" else tables.latex(board))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command with the arguments of the command line.
+
+    Raises:
+        SystemExit: With the error message, for a `SmileError` or `OSError`.
+    """
+    options = _parser().parse_args(arguments)
+    messages = Console(stderr=True, highlight=False)
+    try:
+        found, skipped = leaderboard(
+            options.folders, benchmarks=options.benchmark, methods=options.method, where=options.where,
+            sort=options.sort, published=not options.no_published,
+        )  # fmt: skip
+        show(found, options.format, Console())
+        files = write(found, options.output, skipped, options.title) if options.output else []
+    except (SmileError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    if skipped:
+        messages.print(f"{len(skipped)} left out:", markup=False)
+    for run in skipped:
+        messages.print(f"  {run.folder}: {run.reason}", markup=False, soft_wrap=True)
+    for file in files:
+        messages.print(f"written: {file}", markup=False, soft_wrap=True)
+
+
+def _figures(all_boards: Sequence[Board]) -> dict[str, Figure]:
+    """File name without suffix → figure; the figures of several boards are numbered."""
+    named = {}
+    if with_ratios := [board for board in all_boards if figures.has_ratios(board)]:
+        named["retention"] = figures.scatter(with_ratios)
+    for number, board in enumerate(all_boards, start=1):
+        suffix = f"-{number}" if len(all_boards) > 1 else ""
+        named[f"tasks{suffix}"] = figures.task_bars(board)
+        if not figures.rank_grid(board).empty:
+            named[f"ranks{suffix}"] = figures.rank_heatmaps(board)
+    return named
 
 
 def _print_table(board: Board, console: Console) -> None:
@@ -110,44 +147,17 @@ def _print_table(board: Board, console: Console) -> None:
         Console(width=max(width, console.width)).print(table)
 
 
-def _nothing(found: Gathered) -> str:
-    skipped = "".join(f"\n  {run.folder}: {run.reason}" for run in found.skipped[:20])
-    return f"no run is left to show: {len(found.runs)} complete runs before filtering" + skipped
-
-
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders, or folders that hold some")
-    made.add_argument("--output", type=Path, help="a folder for tables, pictures and page")
-    made.add_argument("--format", choices=FORMATS, default="table", help="what is printed (default: table)")
-    made.add_argument("--sort", default="average", metavar="COLUMN", help="(default: average)")
-    made.add_argument("--benchmark", action="append", default=[], metavar="PATTERN", help="only these, e.g. '*gentle*'")
-    made.add_argument("--method", action="append", default=[], metavar="PATTERN", help="only these, e.g. 'SMILE*'")
-    made.add_argument("--where", metavar="CONDITION", help="on columns, e.g. 'parameters < 1.5 and gate_k == 16'")
-    made.add_argument("--no-published", action="store_true", help="leave the published results out")
-    made.add_argument("--title", default="Leaderboard", help="of the page")
-    return made
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    chosen = parser().parse_args(arguments)
-    notes = Console(stderr=True, highlight=False)
-    try:
-        found, skipped = leaderboard(
-            chosen.folders,
-            benchmarks=chosen.benchmark,
-            methods=chosen.method,
-            where=chosen.where,
-            sort=chosen.sort,
-            published=not chosen.no_published,
-        )
-        show(found, chosen.format, Console())
-        written = write(found, chosen.output, skipped, chosen.title) if chosen.output else []
-    except (SmileError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    if skipped:
-        notes.print(f"{len(skipped)} left out:", markup=False)
-    for run in skipped:
-        notes.print(f"  {run.folder}: {run.reason}", markup=False, soft_wrap=True)
-    for file in written:
-        notes.print(f"written: {file}", markup=False, soft_wrap=True)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folders of runs, searched with their subfolders")
+    parser.add_argument("--output", type=Path, help="folder for tables, figures and the web page")
+    parser.add_argument("--format", choices=FORMATS, default="table", help="format of the output (default: table)")
+    parser.add_argument("--sort", default="average", metavar="COLUMN", help="column to sort by (default: average)")
+    for name, example in (("benchmark", "*gentle*"), ("method", "SMILE*")):
+        keep = f"keep these {name}s, e.g. '{example}'"
+        parser.add_argument(f"--{name}", action="append", default=[], metavar="PATTERN", help=keep)
+    condition = "condition on columns, e.g. 'parameters < 1.5 and gate_k == 16'"
+    parser.add_argument("--where", metavar="CONDITION", help=condition)
+    parser.add_argument("--no-published", action="store_true", help="leave out published results")
+    parser.add_argument("--title", default="Leaderboard", help="title of the web page (default: Leaderboard)")
+    return parser

@@ -1,74 +1,76 @@
-"""Read the reports in run folders, and say which can't be used, and why."""
+"""Discovery of run reports in folders, with a reason for each run that is skipped."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..report import FILE, ReportError, RunReport
+from ..reports import REPORT_FILE, ReportError, RunReport
 
-STARTED = "overrides.yaml"  # Hydra writes it when a job begins
+OVERRIDES_FILE = "overrides.yaml"  # Hydra writes it at the start of a job
 
 
 class Run(NamedTuple):
-    """A complete run."""
+    """A complete run: its folder and report."""
 
     folder: Path
     report: RunReport
 
 
 class Skipped(NamedTuple):
-    """A run that can't be used."""
+    """The folder of a run that the leaderboard leaves out, and the reason."""
 
     folder: Path
     reason: str
 
 
 class Gathered(NamedTuple):
-    """What lies in some folders."""
+    """The complete runs in some folders, the newest of each configuration, and all others."""
 
     runs: list[Run]
     skipped: list[Skipped]
 
 
 def gather(folders: Iterable[str | os.PathLike[str]]) -> Gathered:
-    """Read all reports in and below some folders.
+    """Read all reports in some folders and their subfolders.
 
-    Of several reports of one run (the same benchmark and configuration) the newest counts.
+    The newest of several reports with the same benchmark and fingerprint is used.
 
     Raises:
-        ReportError: if a folder doesn't exist.
+        ReportError: If a folder does not exist.
     """
     runs: dict[tuple[str, str], Run] = {}
     skipped = []
-    for folder in sorted({found for root in folders for found in _run_folders(Path(root))}):
-        try:
-            report = RunReport.read(folder / FILE)
-        except ReportError as error:
-            skipped.append(Skipped(folder, str(error)))
+    for folder in sorted({folder for root in folders for folder in _run_folders(Path(root))}):
+        run = _read(folder)
+        if isinstance(run, Skipped):
+            skipped.append(run)
             continue
-        if report.status == "failed":
-            skipped.append(Skipped(folder, f"failed: {report.error}"))
+        key = (run.report.benchmark, run.report.fingerprint)
+        other = runs.setdefault(key, run)
+        if other is run:
             continue
-        if not report.tasks:
-            skipped.append(Skipped(folder, "no task was evaluated"))
-            continue
-        key, run = (report.benchmark, report.fingerprint), Run(folder, report)
-        other = runs.get(key)
-        if other is None or other.report.finished < report.finished:
-            runs[key], older = run, other
-        else:
-            older = run
-        if older is not None:
-            skipped.append(Skipped(older.folder, f"the same run as {runs[key].folder}, which is newer"))
+        older, newer = (other, run) if other.report.finished < run.report.finished else (run, other)
+        runs[key] = newer
+        skipped.append(Skipped(older.folder, f"the same run as {newer.folder}, which is newer"))
     return Gathered(list(runs.values()), skipped)
 
 
-def _run_folders(root: Path) -> Iterable[Path]:
+def _read(folder: Path) -> Run | Skipped:
+    try:
+        report = RunReport.read(folder / REPORT_FILE)
+    except ReportError as error:
+        return Skipped(folder, str(error))
+    if report.status == "failed":
+        return Skipped(folder, f"failed: {report.error}")
+    return Run(folder, report) if report.tasks else Skipped(folder, "no task was evaluated")
+
+
+def _run_folders(root: Path) -> Iterator[Path]:
     if not root.is_dir():
         raise ReportError(f"{root} is no folder: give the folders of runs, e.g. outputs")
     for folder, _, files in os.walk(root):
-        if FILE in files or STARTED in files:
+        if REPORT_FILE in files or OVERRIDES_FILE in files:
             yield Path(folder)

@@ -1,4 +1,4 @@
-"""Published results beside the measured ones: reference rows, never mixed with them."""
+"""Published results, shown as reference rows beside the measured ones."""
 
 from __future__ import annotations
 
@@ -15,39 +15,33 @@ FOLDER = Path(__file__).parent / "published"
 
 
 class Published(NamedTuple):
-    """Published results on one benchmark.
+    """Published results on one benchmark."""
 
-    Attributes:
-        table: method → score of each task in percent, and their ``average``, as published.
-        individual: the method that is the individual models.
-        source: where they were published.
-        smile: what is published about SMILE.
-    """
-
-    title: str
-    table: pd.DataFrame
-    individual: str
-    source: str
-    smile: str
+    title: str  # name of the benchmark
+    table: pd.DataFrame  # method × task: scores in percent, and their ``average``, as published
+    individual: str  # the row of the table with the individual models
+    source: str  # citation of the publication
+    smile: str  # note on the published results of SMILE
 
 
 @cache
 def sources() -> dict[str, Any]:
-    """What is known of the files: titles, model pools, source."""
+    """The metadata of all published results: titles, model pools and citations (``published/sources.yaml``)."""
     return OmegaConf.to_container(OmegaConf.load(FOLDER / "sources.yaml"))  # type: ignore[return-value]
 
 
 def load(name: str) -> Published:
-    """The published results in the file of that name, e.g. ``clip_vit_b32_ta8``."""
-    of = sources()
+    """Load the published results ``published/{name}.csv``, e.g. ``clip_vit_b32_ta8``."""
+    metadata = sources()
     table = pd.read_csv(FOLDER / f"{name}.csv", index_col="method")
-    return Published(of["benchmarks"][name]["title"], table, of["individual"], of["source"], of["smile"])
+    title = metadata["benchmarks"][name]["title"]
+    return Published(title, table, metadata["individual"], metadata["source"], metadata["smile"])
 
 
 def published_for(modelpool: str, tasks: Collection[str]) -> Published | None:
-    """The published results on a model pool's benchmark, if its tasks are those that were measured."""
+    """The published results for a model pool's configuration; None unless they have exactly these tasks."""
     for name, benchmark in sources()["benchmarks"].items():
         if any(fnmatch(modelpool, pattern) for pattern in benchmark["modelpools"]):
-            found = load(name)
-            return found if set(found.table.columns) == {*tasks, "average"} else None
+            results = load(name)
+            return results if set(results.table.columns) == {*tasks, "average"} else None
     return None

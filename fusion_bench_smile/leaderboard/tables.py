@@ -1,4 +1,4 @@
-"""Boards as text: for the terminal, Markdown, CSV and LaTeX."""
+"""Boards as tables: for the terminal, Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import pandas as pd
 from rich.table import Table
 from rich.text import Text
 
+from ..reports import markdown_table
 from .boards import COLUMNS, MEASURED, Board
 
 UNITS = {"parameters": "×", "bytes": "×"}
-DIGITS = {"parameters": 2, "bytes": 2, "seconds": 2, "memory": 0, "throughput": 0}  # others have one
+DIGITS = {"parameters": 2, "bytes": 2, "seconds": 2, "memory": 0, "throughput": 0}  # 1 for other columns
 HEADINGS = {"memory": "memory (MB)", "throughput": "samples/s"}
+BYTE_TOLERANCE = 0.005  # byte ratios that differ less from the parameter ratio are not shown
 ESCAPES = str.maketrans(
     {character: f"\\{character}" for character in "{}&%$#_"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -19,15 +21,15 @@ ESCAPES = str.maketrans(
 
 
 def shown_columns(board: Board) -> list[str]:
-    """Tasks and measures of which anything is known; bytes where they aren't the parameters over again."""
+    """The tasks and the columns of `COLUMNS` that have values; ``bytes`` only where it differs from ``parameters``."""
     table = board.table
     known = [column for column in [*board.tasks, *COLUMNS] if table[column].notna().any()]
-    same = not ((table["bytes"] - table["parameters"]).abs() > 0.005).any()
-    return [column for column in known if column != "bytes" or not same]
+    redundant = not ((table["bytes"] - table["parameters"]).abs() > BYTE_TOLERANCE).any()
+    return [column for column in known if column != "bytes" or not redundant]
 
 
 def formatted(board: Board) -> pd.DataFrame:
-    """The board as text, one row for each run, empty where nothing is known."""
+    """The `shown_columns` as strings, one row for each run; missing values are empty strings."""
     text = pd.DataFrame(index=board.table.index)
     for column in shown_columns(board):
         unit = UNITS.get(column, "")
@@ -37,12 +39,15 @@ def formatted(board: Board) -> pd.DataFrame:
 
 
 def best_cells(board: Board) -> pd.DataFrame:
-    """Which cells of `formatted` are the best of their column, among measured methods that give one model."""
+    """Whether each cell of `formatted` is the best of its column, as it is shown.
+
+    Candidates are measured, merged models; columns are the tasks, ``average`` and ``retention``.
+    """
     text = formatted(board)
     best = pd.DataFrame(False, index=text.index, columns=text.columns)
-    rows = board.table[(board.table["origin"] == MEASURED) & (board.table["kind"] == "merged")]
+    candidates = board.table[(board.table["origin"] == MEASURED) & (board.table["kind"] == "merged")]
     for column in text.columns.intersection([*board.tasks, "average", "retention"]):
-        known = rows[column].dropna()
+        known = candidates[column].dropna()
         if len(known) > 1:
             winners = known.index[text.loc[known.index, column] == text.at[known.idxmax(), column]]
             best.loc[winners, column] = True
@@ -50,7 +55,7 @@ def best_cells(board: Board) -> pd.DataFrame:
 
 
 def rich_table(board: Board, tasks: bool = True) -> Table:
-    """For the terminal; without the columns of the single tasks where that is too wide."""
+    """The board as a table for the terminal, with or without the single tasks, the best cells in bold."""
     text, best = formatted(board), best_cells(board)
     text = text if tasks else text.drop(columns=board.tasks)
     table = Table(title=board.benchmark, caption="; ".join(board.notes) or None, caption_justify="left")
@@ -65,37 +70,30 @@ def rich_table(board: Board, tasks: bool = True) -> Table:
 
 
 def markdown(board: Board, title: bool = True) -> str:
-    """A Markdown table, the best in bold, and the notes."""
+    """The board as a Markdown table with its notes, optionally under its title, the best cells in bold."""
     text, best = formatted(board), best_cells(board)
-    marked = text.where(~best, "**" + text + "**")
-    marked.insert(0, "method", board.table["method"].astype(str))
-    lines = [f"## {board.benchmark}", ""] if title else []
-    lines += markdown_table(marked.rename(columns=HEADINGS))
+    table = text.where(~best, "**" + text + "**")
+    table.insert(0, "method", board.table["method"].astype(str))
+    heading = [f"## {board.benchmark}", ""] if title else []
     notes = [line for note in board.notes for line in ("", f"{note[0].upper()}{note[1:]}.")]
-    return "\n".join([*lines, *notes, ""])
+    return "\n".join([*heading, markdown_table(table.rename(columns=HEADINGS)), *notes, ""])
 
 
-def markdown_table(text: pd.DataFrame) -> list[str]:
-    """The lines of a table of strings; the first column is left-aligned, the others right."""
-    rows = [list(text.columns), ["---", *["---:"] * (len(text.columns) - 1)], *text.to_numpy().tolist()]
-    return [f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
-
-
-def csv(all_boards: list[Board]) -> str:
-    """All boards as one CSV file, with everything that is known, unrounded."""
-    return pd.concat([b.table.assign(benchmark=b.benchmark) for b in all_boards]).to_csv(index=False)
+def csv(boards: list[Board]) -> str:
+    """All boards as one CSV file with all columns, unrounded, and the column ``benchmark``."""
+    return pd.concat([board.table.assign(benchmark=board.benchmark) for board in boards]).to_csv(index=False)
 
 
 def latex(board: Board) -> str:
-    """A LaTeX table (booktabs), the best in bold."""
+    """The board as a LaTeX table for the package booktabs, the best cells in bold."""
     text, best = formatted(board), best_cells(board)
     escaped = text.map(_escape)
-    marked = escaped.where(~best, r"\textbf{" + escaped + "}")
-    marked.insert(0, "method", board.table["method"].astype(str).map(_escape))
-    marked.columns = [_escape(HEADINGS.get(column, column)) for column in marked.columns]
-    styler = marked.style.hide(axis="index")
-    return styler.to_latex(
-        hrules=True, caption=_escape(board.benchmark), column_format="l" + "r" * (len(marked.columns) - 1)
+    table = escaped.where(~best, r"\textbf{" + escaped + "}")
+    table.insert(0, "method", board.table["method"].astype(str).map(_escape))
+    table.columns = [_escape(HEADINGS.get(column, column)) for column in table.columns]
+    alignment = "l" + "r" * (len(table.columns) - 1)
+    return table.style.hide(axis="index").to_latex(
+        hrules=True, caption=_escape(board.benchmark), column_format=alignment
     )
 
 

@@ -1,0 +1,100 @@
+"""Assembly: from the factors of all experts to a model with routed layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SmileConfig
+from ..io import Provenance
+from ..nn import ExpertLayout, InputRouter, RoutedLayer, routed_layers, routed_type_of, store_tensors
+from ..nn.attachment import attach_router, detach_router
+from ..nn.expert_parameters import attach_expert_parameters
+from .baseline import measure_baseline
+from .distributed import WorkPartition
+from .factorize import FactorizedExperts
+from .plan import Plan
+
+Differences = Mapping[str, Mapping[str, Tensor]]  # module → parameter → differences of all experts (T, …)
+
+
+def replace_layers(
+    model: nn.Module, plan: Plan, factorized: FactorizedExperts, partition: WorkPartition,
+    config: SmileConfig, experts: Sequence[str],
+) -> Provenance:  # fmt: skip
+    """Replace the layers of a copy of the pretrained model that an expert changed by routed layers, in place.
+
+    The layers are taken out of `factorized`. The provenance does not count the parameters of the upscaled model yet.
+    """
+    replacements: dict[nn.Module, RoutedLayer] = {}
+    energy: dict[str, list[float]] = {}
+    digests: list[list[str]] = []
+    for planned in plan.layers:
+        plain = model.get_submodule(planned.name)
+        factors = factorized.gather_layer(planned.name, plan.num_experts, partition)
+        digests.append(factors.source_digests)
+        if not factors.is_unchanged:
+            energy[planned.name] = factors.energies
+            tensors = store_tensors(factors.tensors(cast(Tensor, plain.weight).device), config.storage)
+            replacements[plain] = build_layer(plain, factors.layout(config.routing_use_diff), config, tensors)
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # a module may have several names
+        if module in replacements:
+            model.set_submodule(name, replacements[module])
+    return Provenance.of_layers(experts, energy, digests, (plan.parameters, 0))
+
+
+def build_layer(
+    plain: nn.Module, layout: ExpertLayout, config: SmileConfig, tensors: Mapping[str, Tensor]
+) -> RoutedLayer:
+    """A routed layer with the parameters of a plain one and the experts' tensors."""
+    layer = routed_type_of(plain).from_layer(plain, layout, config, device="meta")
+    for name, value in tensors.items():
+        trained = layer.weight.requires_grad and value.is_floating_point()
+        setattr(layer, name, nn.Parameter(value, requires_grad=trained))
+    return layer
+
+
+def set_averages(model: nn.Module, sums: Mapping[str, Tensor], num_experts: int) -> None:
+    """Set tensors of a model to the mean over the experts, from their sums."""
+    state = model.state_dict()  # shares memory with the model
+    for name, total in sums.items():
+        state[name].copy_(total / num_experts)
+
+
+def set_routing(
+    model: nn.Module, config: SmileConfig, experts: Sequence[str], differences: Differences | None = None
+) -> None:
+    """Route an upscaled model as its options say, in place. All routed layers get the same config object.
+
+    Where experts are chosen for whole inputs, the model gets a new router, with the baseline that the options ask for
+    and the experts' differences in norms and embeddings. The options for the factors must be those of the model.
+    """
+    detach_router(model)
+    for layer in routed_layers(model).values():
+        layer.smile_config = config
+    if config.routing_scope == "token":
+        return
+    router = InputRouter(config, experts)
+    attach_router(model, router)
+    if config.noise_baseline:
+        router.set_baseline(measure_baseline(model, router))
+    attach_expert_parameters(model, router, differences or {})
+
+
+def stack_differences(
+    model: nn.Module, differences: Mapping[str, Mapping[int, Tensor]], num_experts: int
+) -> dict[str, dict[str, Tensor]]:
+    """The differences of all experts to the pretrained model: module → parameter → (T, …).
+
+    They are given as parameter → index of an expert → difference, and are zero for any other expert.
+    """
+    stacked: dict[str, dict[str, Tensor]] = {}
+    for name, changes in differences.items():
+        module, _, parameter = name.rpartition(".")
+        pretrained = cast(Tensor, getattr(model.get_submodule(module), parameter))
+        rows = [changes.get(index, torch.zeros_like(pretrained)) for index in range(num_experts)]
+        stacked.setdefault(module, {})[parameter] = torch.stack([row.to(pretrained.device) for row in rows])
+    return stacked

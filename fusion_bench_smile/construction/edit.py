@@ -1,0 +1,127 @@
+"""Editing: add an expert to an upscaled model or remove one, as if it had been built so from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..config import SmileConfig
+from ..exceptions import PlanError
+from ..io import ExpertSource, SmileMetadata, metadata_of
+from ..io.metadata import describe_model
+from ..io.transformers_hook import attach_metadata
+from ..nn import DENSE, RoutedLayer, detach_router
+from ..nn.expert_parameters import detach_expert_parameters
+from .assemble import replace_layers, set_routing
+from .distributed import WorkPartition
+from .factorize import FactorizedExperts, Factorizer, factorize_experts
+from .layer_factors import ExpertFactors, LayerFactors
+from .plan import Plan, make_plan
+
+
+@torch.no_grad()
+def add_expert(model: nn.Module, expert: ExpertSource, name: str) -> nn.Module:
+    """A new model with one more expert, given as for `upscale`. Only this expert is factored.
+
+    Raises:
+        PlanError: The expert does not fit, its name is taken, or the model cannot be extended: its other parameters are
+            averages, or it was built with one expert, without the directions that its router needs.
+        CheckpointError: The model was not made by `upscale`.
+    """
+    metadata = metadata_of(model)
+    _check_editable(metadata)
+    if name in metadata.experts:
+        raise PlanError(f"there is an expert {name!r} already; the experts are: {', '.join(metadata.experts)}")
+    config, experts = metadata.config, (*metadata.experts, name)
+    pretrained, factors = take_apart(model, metadata)
+    if len(metadata.experts) == 1:
+        factors = {layer: _with_router(single, config, layer) for layer, single in factors.items()}
+    plan = make_plan(pretrained, len(experts), config)
+    unchanged = [ExpertFactors(rank=0, gate_rank=0)] * len(metadata.experts)
+    factorized = FactorizedExperts(
+        {layer.name: factors.get(layer.name) or LayerFactors(len(experts), unchanged) for layer in plan.layers}
+    )
+    factorizer = Factorizer(config, with_router=True, workers=plan.num_workers(config.compute_device))
+    factorize_experts(plan, pretrained, {name: expert}, factorizer, WorkPartition(), factorized)
+    return _assemble(pretrained, plan, factorized, metadata, experts)
+
+
+@torch.no_grad()
+def remove_expert(model: nn.Module, name: str) -> nn.Module:
+    """A new model without one of its experts.
+
+    Raises:
+        PlanError: There is no such expert, it is the last one, or the model's other parameters are averages.
+        ConfigError: Fewer experts than `top_k` would remain.
+        CheckpointError: The model was not made by `upscale`.
+    """
+    metadata = metadata_of(model)
+    _check_editable(metadata)
+    if name not in metadata.experts:
+        raise PlanError(f"there is no expert {name!r}; the experts are: {', '.join(metadata.experts)}")
+    kept = [index for index, expert in enumerate(metadata.experts) if expert != name]
+    pretrained, factors = take_apart(model, metadata)
+    plan, shared_router = make_plan(pretrained, len(kept), metadata.config), metadata.config.routing_use_diff
+    factorized = FactorizedExperts()
+    for layer, all_experts in factors.items():
+        remaining = all_experts.select(kept, shared_router)
+        factorized.layers[layer] = remaining if len(kept) > 1 else remaining.without_router(shared_router)
+    return _assemble(pretrained, plan, factorized, metadata, [metadata.experts[index] for index in kept])
+
+
+def take_apart(model: nn.Module, metadata: SmileMetadata) -> tuple[nn.Module, dict[str, LayerFactors]]:
+    """A copy of the pretrained model inside an upscaled one, and the factors of its routed layers."""
+    pretrained = deepcopy(model)
+    detach_router(pretrained)
+    detach_expert_parameters(pretrained)
+    plain: dict[nn.Module, nn.Module] = {}
+    factors = {}
+    for name, module in list(pretrained.named_modules(remove_duplicate=False)):
+        if isinstance(module, RoutedLayer):
+            if module not in plain:
+                plain[module] = module.to_plain_layer()
+            factors[name] = LayerFactors.from_layer(module, metadata.provenance.energy.get(name))
+            pretrained.set_submodule(name, plain[module])
+    return pretrained, factors
+
+
+def _assemble(
+    pretrained: nn.Module, plan: Plan, factorized: FactorizedExperts, metadata: SmileMetadata, experts: Sequence[str]
+) -> nn.Module:
+    """The upscaled model, built in `pretrained`; the digests of experts that were there before are kept."""
+    provenance = replace_layers(pretrained, plan, factorized, WorkPartition(), metadata.config, experts)
+    known = {name: digest for name, digest in metadata.provenance.sources.items() if name in experts}
+    provenance = replace(provenance, sources=provenance.sources | known)
+    set_routing(pretrained, metadata.config, experts)
+    attach_metadata(pretrained, describe_model(pretrained, metadata.config, experts, provenance))
+    return pretrained
+
+
+def _check_editable(metadata: SmileMetadata) -> None:
+    config = metadata.config
+    depends_on_all_experts = {
+        "param_ratio": config.param_ratio is not None,
+        "expert_parameters": config.expert_parameters != "layers",
+        "calibration": metadata.prototypes is not None,
+        "noise_baseline": config.noise_baseline,
+        "average_experts=true": config.average_experts,
+    }
+    for name, is_set in depends_on_all_experts.items():
+        if is_set:
+            raise PlanError(f"the experts of a model with {name} can't be changed, it depends on all: build it anew")
+
+
+def _with_router(single: LayerFactors, config: SmileConfig, layer: str) -> LayerFactors:
+    """The factors of a single expert, with the router rows that it has beside others."""
+    (rank,) = single.ranks
+    is_complete = 0 <= rank < config.k  # the delta has no more directions
+    if not config.routing_use_diff or rank == DENSE or (rank < config.gate_k and not is_complete):
+        raise PlanError(
+            f"{layer} was built for one expert and lacks the {config.gate_k} directions that its router needs beside "
+            "others: build the model anew with both experts"
+        )
+    return single.with_router(min(config.gate_k, rank))

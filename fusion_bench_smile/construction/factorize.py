@@ -1,0 +1,306 @@
+"""Factorization: from the tensors of the experts to their factors, by the shortest path."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SmileConfig
+from ..exceptions import PlanError
+from ..io import ExpertSource, Source, StateDictSource, open_source, tied_names
+from ..nn import DENSE
+from ..nn.expert_parameters import expert_parameter_names
+from .distributed import WorkPartition
+from .factor_cache import MIN_RANK, FactorCache, known_digest, tensor_digest
+from .layer_factors import ExpertFactors, LayerFactors
+from .parallel import completed, map_in_parallel
+from .plan import LayerPlan, Plan, check_expert, check_finite
+from .svd import Factors, low_rank_svd, truncated_svd
+
+Aliases = Mapping[str, tuple[str, ...]]  # see `tied_names`
+ProgressCallback = Callable[[int, int], None]
+WorkItem = tuple[LayerPlan, Source, str]  # a layer, an expert, and its name for messages
+
+
+class Factorizer:
+    """Factors the deltas of experts with one set of options.
+
+    Args:
+        config: The options.
+        with_router: The model has a router; with a single expert it has none.
+        cache: The factor cache, or None.
+        workers: The number of deltas in progress at a time.
+
+    Attributes:
+        bytes_read: The size of the experts' tensors that were read so far.
+    """
+
+    def __init__(
+        self, config: SmileConfig, with_router: bool, cache: FactorCache | None = None, workers: int = 1
+    ) -> None:
+        self.config, self.with_router, self.cache, self.workers = config, with_router, cache, workers
+        self.bytes_read = 0
+        self._pretrained_digests: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def factorize(self, pretrained: Source, items: Iterable[WorkItem]) -> Iterator[ExpertFactors]:
+        """The factors of every item, in order, several at a time.
+
+        Raises:
+            PlanError: A tensor is not finite; it and its expert are named.
+        """
+        return map_in_parallel(lambda item: _Delta(self, pretrained, *item).begin(), items, self.workers)
+
+    def ranks(self, layer: LayerPlan) -> dict[str, int]:
+        """What is factored, to which rank: the "delta", and the fine-tuned "weight" if the router's rows are its."""
+        gate_k, shared = layer.gate_k if self.with_router else 0, self.config.routing_use_diff
+        ranks = {"delta": max(layer.k, gate_k if shared else 0), "weight": 0 if shared else gate_k}
+        return {kind: rank for kind, rank in ranks.items() if rank > 0}
+
+    def count_bytes(self, tensor: Tensor) -> Tensor:
+        """Count a tensor as read, and return it."""
+        with self._lock:
+            self.bytes_read += tensor.nbytes
+        return tensor
+
+    def pretrained_digest(self, layer: str, weight: Tensor) -> str:
+        """The digest of a pretrained weight, computed once for all experts."""
+        if layer not in self._pretrained_digests:
+            self._pretrained_digests[layer] = tensor_digest(weight)
+        return self._pretrained_digests[layer]
+
+
+class _Delta:
+    """The delta of one expert in one layer."""
+
+    def __init__(
+        self, factorizer: Factorizer, pretrained: Source, layer: LayerPlan, expert: Source, label: str
+    ) -> None:
+        self.factorizer, self.layer, self.expert, self.label = factorizer, layer, expert, label
+        self.device, self.ranks = factorizer.config.compute_device, factorizer.ranks(layer)
+        self.weight_name, self.bias_name = f"{layer.name}.weight", f"{layer.name}.bias"
+        self.pretrained_weight = layer.routed_type.weight_matrix(pretrained.read(self.weight_name))
+        self.pretrained_bias = pretrained.read(self.bias_name) if layer.has_bias else None
+        self.keys: dict[str, str] = {}  # of the entries in the factor cache
+        self.cached: dict[str, Factors] = {}
+        self.source_digest = ""
+
+    def begin(self) -> Future[ExpertFactors] | Callable[[], ExpertFactors]:
+        """The factors if no large matrix has to be factored for them, otherwise a function that computes them."""
+        if "weight" not in self.ranks:
+            pair = self.expert.low_rank(self.weight_name) if self.layer.k != DENSE else None
+            if pair is not None:
+                return completed(self._from_low_rank(*pair))
+            if self.expert.is_pretrained(self.weight_name):
+                return completed(self._pack())
+        if self.factorizer.cache is not None and self._look_up(self.factorizer.cache):
+            return completed(self._pack(self.cached.get("delta"), self.cached.get("weight")))
+        return self._compute
+
+    def _look_up(self, cache: FactorCache) -> bool:
+        """Take factors from the cache. False if others, or the weights, are needed."""
+        start = self.factorizer.pretrained_digest(self.layer.name, self.pretrained_weight)
+        identity = self.expert.identity(self.weight_name)
+        end = known_digest(identity, lambda: self.factorizer.count_bytes(self._read_weight()))
+        content = {"delta": ("delta", start, end), "weight": ("weight", end)}
+        unchanged, self.source_digest = start == end, end
+        self.keys = {kind: cache.key(*content[kind]) for kind in self.ranks if kind == "weight" or not unchanged}
+        entries = {kind: cache.get(key, self.ranks[kind]) for kind, key in self.keys.items()}
+        self.cached = {kind: factors.to(self.device) for kind, factors in entries.items() if factors is not None}
+        return self.cached.keys() == self.keys.keys() and (self.layer.k != DENSE or unchanged)
+
+    def _read_weight(self) -> Tensor:
+        return self.layer.routed_type.weight_matrix(self.expert.read(self.weight_name))
+
+    def _compute(self) -> ExpertFactors:
+        fine_tuned = self._read_weight()
+        if not self.source_digest:  # otherwise hashing has counted it
+            self.source_digest = tensor_digest(self.factorizer.count_bytes(fine_tuned))
+        check_finite(fine_tuned, self.weight_name, self.label)
+        common = torch.promote_types(fine_tuned.dtype, self.pretrained_weight.dtype)
+        dtype = torch.promote_types(common, torch.float32)
+        weight, pretrained = (tensor.to(self.device, dtype) for tensor in (fine_tuned, self.pretrained_weight))
+        router = self._factor("weight", weight)
+        if torch.equal(weight, pretrained):
+            return self._pack(router=router)
+        delta = weight - pretrained
+        return self._pack(self._factor("delta", delta), router, delta if self.layer.k == DENSE else None)
+
+    def _from_low_rank(self, b: Tensor, a: Tensor) -> ExpertFactors:
+        for tensor in (b, a):
+            check_finite(self.factorizer.count_bytes(tensor), self.weight_name, self.label)
+        self.source_digest = tensor_digest(b) + tensor_digest(a)
+        return self._pack(low_rank_svd(b.to(self.device), a.to(self.device)).truncated(self.ranks["delta"]))
+
+    def _factor(self, kind: str, matrix: Tensor) -> Factors | None:
+        rank, key, cache = self.ranks.get(kind), self.keys.get(kind), self.factorizer.cache
+        if rank is None or kind in self.cached:
+            return self.cached.get(kind)
+        if cache is None or key is None:
+            return truncated_svd(matrix, rank)
+        requested = max(rank, min(MIN_RANK, *matrix.shape))
+        factors = truncated_svd(matrix, requested)
+        cache.put(key, factors, requested)
+        return factors.truncated(rank)
+
+    def _pack(
+        self, delta: Factors | None = None, router: Factors | None = None, dense: Tensor | None = None
+    ) -> ExpertFactors:
+        """The expert's factors as the layer stores them, from those of its delta and of its router."""
+        k, gate_k = self.layer.k, self.layer.gate_k if self.factorizer.with_router else 0
+        rank = min(k, delta.rank) if delta and dense is None else 0
+        gate = router or (delta and delta.truncated(gate_k))
+        gate_rank = gate.rank if gate else 0
+        shared = 0 if router else min(gate_rank, rank)
+        return ExpertFactors(
+            rank=rank if dense is None else DENSE,
+            gate_rank=gate_rank,
+            gate=self._stored(gate and gate.down),
+            down=self._stored(delta and delta.down[shared:rank]),
+            up=self._stored(delta and delta.up[:, :rank].mT),
+            dense=self._stored(dense),
+            bias=self._bias_delta(),
+            energy=delta.energy(k) if delta and rank else 1.0,
+            source_digest=self.source_digest,
+        )
+
+    def _stored(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(self.pretrained_weight.device, self.pretrained_weight.dtype)
+
+    def _bias_delta(self) -> Tensor | None:
+        pretrained = self.pretrained_bias
+        if pretrained is None or self.expert.is_pretrained(self.bias_name):
+            return None
+        bias = self.factorizer.count_bytes(read_finite(self.expert, self.bias_name, self.label))
+        if torch.equal(pretrained, bias.to(pretrained.device, pretrained.dtype)):
+            return None
+        delta = bias.to(pretrained.device, torch.promote_types(bias.dtype, torch.float32)) - pretrained
+        return delta.to(self.pretrained_weight.dtype)
+
+
+@dataclass
+class FactorizedExperts:
+    """The factors and other changes of all experts, or of this process's part of them.
+
+    Attributes:
+        layers: Layer → what the experts add to it, in their order.
+        differences: Name of a parameter that can differ between experts → index of an expert → its difference.
+        sums: Name of a tensor to average → the sum over the experts.
+        unused_changes: Names of tensors outside the upscaled layers that an expert changed and the model does not use.
+    """
+
+    layers: dict[str, LayerFactors] = field(default_factory=dict)
+    differences: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    unused_changes: set[str] = field(default_factory=set)
+
+    def gather_layer(self, name: str, num_experts: int, partition: WorkPartition) -> LayerFactors:
+        """Take the factors of one layer out of this object, with those of the other processes."""
+        factors, *others = partition.all_gather(self.layers.pop(name, LayerFactors(num_experts)))
+        for other in others:
+            factors.extend(other)
+        return cast(LayerFactors, factors)
+
+    def read_other_tensors(self, plan: Plan, pretrained: Source, expert: Source, label: str, averaged: bool) -> None:
+        """Check an expert's tensors outside the upscaled layers, and sum them or note which of them it changed.
+
+        Raises:
+            PlanError: A tensor is not finite.
+        """
+        for name in plan.other_tensors:
+            if expert.is_pretrained(name) and not averaged:
+                continue
+            tensor = read_finite(expert, name, label)
+            if averaged and tensor.is_floating_point():
+                self.sums[name] = add_to_sum(self.sums.get(name), tensor)
+            elif not averaged and not torch.equal(tensor, pretrained.read(name).to(tensor.device, tensor.dtype)):
+                self.unused_changes.add(name)
+
+    def read_differences(self, pretrained: Source, expert: Source, index: int, parameters: Iterable[str]) -> None:
+        """Read how an expert changed parameters that can differ between experts."""
+        for name in (name for name in parameters if not expert.is_pretrained(name)):
+            start = pretrained.read(name)
+            difference = expert.read(name).to(start) - start
+            if difference.any():
+                self.differences.setdefault(name, {})[index] = difference
+
+
+def factorize_experts(
+    plan: Plan, pretrained: nn.Module, experts: Mapping[str, ExpertSource], factorizer: Factorizer,
+    partition: WorkPartition, factorized: FactorizedExperts, on_progress: ProgressCallback | None = None,
+) -> None:  # fmt: skip
+    """Factor this process's part of the (expert, layer) pairs into `factorized`, and read the experts' other tensors.
+
+    Experts stream: each is opened when its turn comes, and dropped before the next one. `factorized` may hold factors
+    of other experts. `on_progress` is called with the number of pairs done and in all.
+
+    Raises:
+        PlanError: An expert does not fit, or a tensor is not finite.
+    """
+    source, aliases = StateDictSource(pretrained.state_dict()), tied_names(pretrained)
+    opened = open_experts(plan, experts, source, aliases)
+    assigned = partition.assign([layer.work for _ in experts for layer in plan.layers])
+    turns, done = iter(assigned), 0
+    # one process sums in a fixed order, and reads the other parameters
+    averaged = factorizer.config.average_experts and partition.rank == 0
+    names = [] if partition.rank else expert_parameter_names(pretrained, factorizer.config.expert_parameters)
+    for index, (name, expert) in enumerate(experts.items()):
+        layers = [layer for layer, is_assigned in zip(plan.layers, turns, strict=False) if is_assigned]
+        if not (layers or averaged or names):
+            continue
+        expert_source = opened.pop(name) or _load_expert(plan, name, expert, source, aliases)
+        items = [(layer, expert_source, f"expert {name!r}") for layer in layers]
+        for layer, factors in zip(layers, factorizer.factorize(source, items), strict=True):
+            factorized.layers.setdefault(layer.name, LayerFactors(plan.num_experts)).append(factors)
+            done += 1
+            if on_progress:
+                on_progress(done, sum(assigned))
+        factorized.read_other_tensors(plan, source, expert_source, f"expert {name!r}", averaged)
+        factorized.read_differences(source, expert_source, index, [n for n in names if n in plan.other_tensors])
+        del expert_source, items  # with what they have mapped, before the next expert is opened
+
+
+def open_experts(
+    plan: Plan, experts: Mapping[str, ExpertSource], pretrained: Source, aliases: Aliases
+) -> dict[str, Source | None]:
+    """Open every expert that can be opened without loading it; None for the others.
+
+    Raises:
+        PlanError: An expert cannot be read, or has another architecture; it is refused before any factorization.
+    """
+    opened = {}
+    for name, expert in experts.items():
+        try:
+            opened[name] = open_source(expert, pretrained, aliases)
+        except PlanError as error:
+            raise PlanError(f"expert {name!r}: {error}") from None
+    for name, source in opened.items():
+        if source is not None:
+            check_expert(plan, name, source.shapes())
+    return opened
+
+
+def _load_expert(plan: Plan, name: str, expert: ExpertSource, pretrained: Source, aliases: Aliases) -> Source:
+    source = open_source(cast(Callable[[], Any], expert)(), pretrained, aliases)
+    assert source is not None, f"the function for expert {name!r} returned no model"
+    check_expert(plan, name, source.shapes())
+    return source
+
+
+def read_finite(source: Source, name: str, label: str) -> Tensor:
+    """Read a tensor, and refuse NaN and infinity; see `check_finite`."""
+    tensor = source.read(name)
+    check_finite(tensor, name, label)
+    return tensor
+
+
+def add_to_sum(total: Tensor | None, tensor: Tensor) -> Tensor:
+    """A sum with one more tensor, in float32 or float64; it is modified. None starts a new one."""
+    value = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return value.clone() if total is None else total.add_(value)

@@ -1,0 +1,207 @@
+"""The factors of one expert, and of all experts, in one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..nn import ExpertLayout, RoutedLayer
+from ..nn.quantization import ROW_TENSORS
+
+
+@dataclass(frozen=True)
+class ExpertFactors:
+    """What one expert adds to one layer. All tensors have the dtype and device of the pretrained layer."""
+
+    rank: int  # the rank of the delta; 0 for an unchanged weight, −1 for a dense delta
+    gate_rank: int  # the number of router rows
+    down: Tensor | None = None  # the directions that are not router rows, (rows, in), or None
+    up: Tensor | None = None  # left singular vectors times singular values, (rank, out), or None
+    gate: Tensor | None = None  # router rows, (gate_rank, in), or None
+    dense: Tensor | None = None  # the delta, (out, in), or None
+    bias: Tensor | None = None  # the bias delta, (out,), or None
+    energy: float = 1.0  # the share of ‖ΔW‖² that the rank keeps
+    source_digest: str = ""  # the digest of the fine-tuned weight, or of a LoRA adapter's factors
+
+
+class LayerFactors:
+    """What all experts add to one layer, expert after expert, as the routed layer stores it.
+
+    Factors are copied to their place as soon as they are computed: joining them at the end would hold them twice.
+    Memory is allocated with the first expert, for the expected number of experts.
+    """
+
+    def __init__(self, num_experts: int, experts: Iterable[ExpertFactors] = ()) -> None:
+        self._num_experts = num_experts
+        self._experts: list[ExpertFactors] = []  # without the rows, which are in the buffers
+        self._buffers: dict[str, Tensor] = {}
+        self._lengths = dict.fromkeys(ROW_TENSORS, 0)
+        for expert in experts:
+            self.append(expert)
+
+    @classmethod
+    def from_layer(cls, layer: RoutedLayer, energies: Sequence[float] | None = None) -> LayerFactors:
+        """The factors of a routed layer, dequantized, with the share of energy that each rank keeps, if it is known."""
+        layout, num_experts = layer.layout, layer.layout.num_experts
+        factors = cls(num_experts)
+        biases = [None] * num_experts if layer.expert_bias is None else list(layer.expert_bias)
+        biases = [None if bias is None or not bool(bias.any()) else bias for bias in biases]
+        each_expert = zip(layout.ranks, layout.gate_ranks, biases, energies or [1.0] * num_experts, strict=True)
+        factors._experts = [ExpertFactors(k, gate_k, bias=bias, energy=e) for k, gate_k, bias, e in each_expert]
+        for name in ROW_TENSORS:
+            rows = layer.rows(name)
+            if rows is not None:
+                factors._append_rows(name, rows)
+        return factors
+
+    @property
+    def ranks(self) -> list[int]:
+        """The rank of each expert."""
+        return [expert.rank for expert in self._experts]
+
+    @property
+    def gate_ranks(self) -> list[int]:
+        """The number of router rows of each expert."""
+        return [expert.gate_rank for expert in self._experts]
+
+    @property
+    def biases(self) -> list[Tensor | None]:
+        """The bias delta of each expert, (out,), or None."""
+        return [expert.bias for expert in self._experts]
+
+    @property
+    def energies(self) -> list[float]:
+        """The share of ‖ΔW‖² that the rank of each expert keeps."""
+        return [expert.energy for expert in self._experts]
+
+    @property
+    def source_digests(self) -> list[str]:
+        """The digest of each expert's source."""
+        return [expert.source_digest for expert in self._experts]
+
+    @property
+    def is_unchanged(self) -> bool:
+        """No expert changed the layer."""
+        return not any(self.ranks) and all(bias is None for bias in self.biases)
+
+    def append(self, expert: ExpertFactors) -> None:
+        """Copy the factors of the next expert."""
+        self._experts.append(replace(expert, gate=None, down=None, up=None, dense=None))
+        for name in ROW_TENSORS:
+            rows = getattr(expert, name)
+            if rows is not None:
+                self._append_rows(name, rows[None] if name == "dense" else rows)
+
+    def extend(self, other: LayerFactors) -> None:
+        """Copy the factors of the next experts, which may be on another device."""
+        self._experts += other._experts
+        for name in other._buffers:
+            self._append_rows(name, other.rows(name))
+
+    def _append_rows(self, name: str, rows: Tensor) -> None:
+        start = self._lengths[name]
+        end = start + len(rows)
+        if start == end:
+            return
+        if name not in self._buffers or end > len(self._buffers[name]):
+            larger = rows.new_empty(max(end, len(rows) * self._num_experts), *rows.shape[1:])
+            if start:
+                larger[:start] = self.rows(name)
+            self._buffers[name] = larger
+        self._buffers[name][start:end] = rows
+        self._lengths[name] = end
+
+    def rows(self, name: str) -> Tensor:
+        """All rows of one of the tensors of a routed layer, without spare memory."""
+        buffer, length = self._buffers[name], self._lengths[name]
+        return buffer if length == len(buffer) else buffer[:length].clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_buffers": {name: self.rows(name) for name in self._buffers}}  # no spare memory
+
+    def layout(self, shared_router: bool) -> ExpertLayout:
+        """The layout of the routed layer."""
+        has_bias = any(bias is not None for bias in self.biases)
+        return ExpertLayout(tuple(self.ranks), tuple(self.gate_ranks), shared_router, has_bias)
+
+    def squared_singular_values(self) -> tuple[tuple[float, ...], ...]:
+        """For each expert those of its directions, in descending order."""
+        if "up" not in self._buffers:
+            return ((),) * len(self._experts)
+        squares = self.rows("up").double().square().sum(dim=1).cpu()
+        return tuple(tuple(values.tolist()) for values in squares.split([max(rank, 0) for rank in self.ranks]))
+
+    def truncate(self, ranks: Sequence[int], shared_router: bool) -> LayerFactors:
+        """A copy with smaller ranks: for each expert at least the number of its router rows that are directions."""
+        layout = self.layout(shared_router)
+        smaller = self._select_rows(range(len(ranks)), layout, replace(layout, ranks=tuple(ranks)).rows)
+        smaller._experts = [
+            replace(expert, rank=rank, energy=expert.energy * _prefix_share(squares, rank))
+            for expert, squares, rank in zip(self._experts, self.squared_singular_values(), ranks, strict=True)
+        ]
+        return smaller
+
+    def select(self, experts: Sequence[int], shared_router: bool) -> LayerFactors:
+        """A copy with some of the experts, by index."""
+        layout = self.layout(shared_router)
+        return self._select_rows(experts, layout, layout.rows)
+
+    def _select_rows(
+        self, experts: Sequence[int], layout: ExpertLayout, kept: Mapping[str, Sequence[int]]
+    ) -> LayerFactors:
+        """A copy with the first kept[name][i] rows of each expert i in `experts`."""
+        selected = LayerFactors(len(experts))
+        selected._experts = [self._experts[i] for i in experts]
+        for name, buffer in self._buffers.items():
+            sizes = layout.rows[name]
+            indices = [j for i in experts for j in range(sum(sizes[:i]), sum(sizes[:i]) + kept[name][i])]
+            rows = buffer.index_select(0, torch.tensor(indices, dtype=torch.long, device=buffer.device))
+            selected._append_rows(name, rows)
+        return selected
+
+    def without_router(self, shared_router: bool) -> LayerFactors:
+        """A copy of a single expert without router rows, which a model of one expert does not have."""
+        expert = self._single_expert()
+        shared = min(max(expert.rank, 0), expert.gate_rank) if shared_router else 0
+        gate = None if expert.gate is None else expert.gate[:shared]
+        directions = [rows for rows in (gate, expert.down) if rows is not None]
+        down = torch.cat(directions) if directions else None
+        return LayerFactors(1, [replace(expert, gate_rank=0, gate=None, down=down)])
+
+    def with_router(self, gate_rank: int) -> LayerFactors:
+        """A copy of a single expert whose first directions, as many as `gate_rank`, are router rows."""
+        expert = self._single_expert()
+        gate, down = (None, None) if expert.down is None else (expert.down[:gate_rank], expert.down[gate_rank:])
+        return LayerFactors(1, [replace(expert, gate_rank=gate_rank, gate=gate, down=down)])
+
+    def _single_expert(self) -> ExpertFactors:
+        (expert,) = self._experts
+        tensors: dict[str, Any] = {name: self.rows(name) for name in self._buffers}
+        if "dense" in tensors:
+            tensors["dense"] = tensors["dense"][0]
+        return replace(expert, **tensors)
+
+    @property
+    def num_bias_parameters(self) -> int:
+        """The size of `expert_bias`: a row for each expert, if any expert changed the bias."""
+        bias = next((bias for bias in self.biases if bias is not None), None)
+        return 0 if bias is None else bias.numel() * len(self.biases)
+
+    def tensors(self, device: torch.device) -> dict[str, Tensor]:
+        """The experts' tensors of the routed layer, those that are not empty."""
+        tensors = {name: self.rows(name) for name in self._buffers}
+        bias = next((bias for bias in self.biases if bias is not None), None)
+        if bias is not None:
+            rows = [torch.zeros_like(bias) if row is None else row for row in self.biases]
+            tensors["expert_bias"] = torch.stack([row.to(device) for row in rows])
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _prefix_share(squares: Sequence[float], rank: int) -> float:
+    """The share of a sum that its first `rank` terms have; 1 for a sum of zero."""
+    values = torch.tensor(squares, dtype=torch.double)
+    return float(values[:rank].sum() / values.sum()) if len(values) and values.sum() > 0 else 1.0

@@ -1,0 +1,308 @@
+"""The plan: which layers are upscaled, to which ranks. Whatever can fail is checked before the first factorization."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SmileConfig
+from ..exceptions import ConfigError, PlanError
+from ..nn import DENSE, RoutedLayer, count_parameters, plain_type_of, routed_type_of
+from .parallel import map_in_parallel, num_workers
+from .rank_allocation import LayerSpectra, allocate, summarize_ranks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer to upscale. Its ranks are limited by its size."""
+
+    name: str  # the layer's name in the model
+    in_features: int  # columns of its weight as a matrix
+    out_features: int  # rows of its weight as a matrix
+    k: int  # rank of the experts; −1 for dense deltas
+    gate_k: int  # rank of the router
+    has_bias: bool  # the layer has a bias
+    itemsize: int  # bytes of a weight's entry
+    routed_type: type[RoutedLayer]  # the type of the routed layer
+
+    @property
+    def rank(self) -> int:
+        """The rank of the factorization."""
+        return max(self.k, self.gate_k)
+
+    @property
+    def work(self) -> float:
+        """Floating-point operations to factor one delta, approximately: products with a basis and within it."""
+        small, large = sorted((self.in_features, self.out_features))
+        basis = min(8 * self.rank, small)
+        return 4.0 * large * small * basis + 8.0 * small * basis**2
+
+    @property
+    def working_bytes(self) -> int:
+        """Memory while one delta is factored: both weights, the delta and a scaled copy, Gram matrices, bases."""
+        small, large = sorted((self.in_features, self.out_features))
+        return 4 * (4 * small * large + 4 * small**2 + 4 * (small + large) * self.rank)
+
+    def nominal_spectra(self, num_experts: int, config: SmileConfig) -> LayerSpectra:
+        """The cost of its directions, with the same energy for each."""
+        gate_k, scales = self.gate_k if num_experts > 1 else 0, int(config.storage == "int8")
+        return LayerSpectra(
+            self.name, self.in_features, self.out_features, ((1.0,) * self.k,) * num_experts, (gate_k,) * num_experts,
+            shared_router=config.routing_use_diff, weight_energy=1.0, scales_per_row=scales,
+        )  # fmt: skip
+
+    def max_added_parameters(self, num_experts: int) -> int:
+        """Parameters that experts of full rank add, without biases."""
+        gate_k = self.gate_k if num_experts > 1 else 0
+        if self.k == DENSE:
+            return num_experts * (self.in_features * self.out_features + gate_k * self.in_features)
+        return num_experts * (max(self.k, gate_k) * self.in_features + self.k * self.out_features)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of an upscaling.
+
+    Attributes:
+        layers: The layers to upscale, in the model's order.
+        num_experts: The number of experts.
+        tensors: Name → shape of every parameter and persistent buffer of the pretrained model.
+        other_tensors: The names among them that belong to no upscaled layer, also not by being tied to one.
+        kept_layers: The linear layers that stay as pretrained.
+        parameters: The number of parameters of the pretrained model.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    num_experts: int
+    tensors: dict[str, torch.Size]
+    other_tensors: tuple[str, ...]
+    kept_layers: tuple[str, ...]
+    parameters: int
+
+    def num_workers(self, device: torch.device) -> int:
+        """The number of deltas that are factored at a time; one on an accelerator."""
+        return num_workers(max(layer.working_bytes for layer in self.layers)) if device.type == "cpu" else 1
+
+    def summary(self) -> dict[str, str]:
+        """The cost of the upscaling as text. Added parameters and bytes are upper bounds."""
+        added = sum(layer.max_added_parameters(self.num_experts) for layer in self.layers)
+        read = self.num_experts * sum(math.prod(shape) for shape in self.tensors.values()) * self.layers[0].itemsize
+        result = (self.parameters + added) * self.layers[0].itemsize
+        working = self.num_workers(torch.device("cpu")) * max(layer.working_bytes for layer in self.layers)
+        return {
+            "linear layers to upscale": str(len(self.layers)),
+            "linear layers kept": str(len(self.kept_layers)),
+            "tensors outside the upscaled layers": str(len(self.other_tensors)),
+            "experts": str(self.num_experts),
+            "ranks (gate_k, k)": f"{_range([x.gate_k for x in self.layers])}, {_range([x.k for x in self.layers])}",
+            "parameters added, at most": f"{added:,}",
+            "parameter ratio, at most": f"{1 + added / self.parameters:.3f}",
+            "bytes to read of the experts": f"{read / 1e6:.1f} MB",
+            "size of the result, at most": f"{result / 1e6:.1f} MB",
+            "memory beyond both models, at most": f"{working / 1e6:.1f} MB",
+        }
+
+    def budget_summary(self, config: SmileConfig) -> dict[str, str]:
+        """The ranks within a `param_ratio` as text; empty without one.
+
+        Raises:
+            ConfigError: The budget is too small for the router rows.
+        """
+        if config.param_ratio is None:
+            return {}
+        summary = {"parameters added by param_ratio, at most": f"{int(self.parameters * (config.param_ratio - 1)):,}"}
+        if config.allocation != "uniform":
+            text = "known when the experts are factored, and logged"
+            return summary | {f"ranks by allocation={config.allocation}": text}
+        layers = [layer.nominal_spectra(self.num_experts, config) for layer in self.layers]
+        ranks = summarize_ranks(layers, allocate_ranks(layers, self.parameters, config))
+        return summary | {f"ranks of {kind}": text for kind, text in ranks.items()}
+
+
+def allocate_ranks(
+    layers: Sequence[LayerSpectra], parameters: int, config: SmileConfig, reserved: int = 0
+) -> list[list[int]]:
+    """The rank of each expert in each layer within the `param_ratio` of a model with so many pretrained parameters.
+
+    The budget is smaller by the `reserved` parameters, which are needed outside the layers.
+
+    Raises:
+        ConfigError: The budget is too small for the router rows.
+    """
+    assert config.param_ratio is not None
+    try:
+        return allocate(layers, int(parameters * (config.param_ratio - 1)) - reserved, config.allocation)
+    except ConfigError as error:
+        required = 1 + (sum(layer.min_parameters for layer in layers) + reserved) / parameters
+        raise ConfigError(
+            f"param_ratio={config.param_ratio} is too little for the router rows alone, {error}: "
+            f"gate_k={config.gate_k} needs {required:.3f}; lower gate_k, or raise param_ratio"
+        ) from None
+
+
+def make_plan(pretrained: nn.Module, num_experts: int, config: SmileConfig) -> Plan:
+    """Plan the upscaling of a pretrained model.
+
+    Raises:
+        PlanError: There are no experts or no layers to upscale, a weight is not finite, or a layer's weight is read
+            past its ``forward``.
+        ConfigError: `top_k` is above the number of experts, a rank is too large for every layer, or a module pattern
+            matches nothing.
+    """
+    if num_experts < 1:
+        raise PlanError("no experts: give at least one fine-tuned model beside the pretrained one")
+    if config.top_k > num_experts:
+        raise ConfigError(f"top_k={config.top_k} is more than the {num_experts} experts there are")
+    for name, parameter in pretrained.named_parameters():
+        if not parameter.is_meta:  # otherwise it is checked when it is read
+            check_finite(parameter, name, "the pretrained model")
+    candidates = _candidate_layers(pretrained, config)
+    selected = _select_layers(pretrained, candidates, config)
+    layers = tuple(_plan_layer(name, layer, config) for name, layer in selected.items())
+    _check_ranks(layers, config)
+    inside: set[int] = {id(p) for layer in selected.values() for p in layer.parameters()}
+    tensors: dict[str, Tensor] = dict(pretrained.state_dict(keep_vars=True))
+    return Plan(
+        layers,
+        num_experts,
+        tensors={name: tensor.shape for name, tensor in tensors.items()},
+        other_tensors=tuple(name for name, tensor in tensors.items() if id(tensor) not in inside),
+        kept_layers=tuple(name for name in candidates if name not in selected),
+        parameters=count_parameters(pretrained),
+    )
+
+
+def estimate_seconds(plan: Plan, factor: Callable[[Tensor, int], tuple[Tensor, ...]], workers: int) -> float:
+    """The time to factor all deltas by `factor(matrix, rank)`, in seconds.
+
+    Each worker factors noise, the hardest case, of each shape.
+    """
+    seconds: dict[tuple[int, int, int], float] = {}
+    shapes = [(layer.out_features, layer.in_features, layer.rank) for layer in plan.layers]
+    for shape in dict.fromkeys(shapes):
+        if shape[2] > 0:
+            noise = torch.randn(shape[:2])
+            began = time.perf_counter()
+            list(map_in_parallel(lambda rank: partial(factor, noise, rank), [shape[2]] * workers, workers))  # noqa: B023
+            seconds[shape] = (time.perf_counter() - began) / workers
+    return plan.num_experts * sum(seconds.get(shape, 0.0) for shape in shapes)
+
+
+def check_expert(plan: Plan, name: str, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse an expert that does not have exactly the pretrained model's tensors.
+
+    Raises:
+        PlanError: It names the expert, the tensor, and the difference.
+    """
+    missing = [key for key in plan.tensors if key not in shapes]
+    extra = [key for key in shapes if key not in plan.tensors]
+    parts = [f"{len(missing)} tensors missing (first: {missing[0]})"] if missing else []
+    parts += [f"{len(extra)} additional tensors (first: {extra[0]})"] if extra else []
+    problem = f" has another architecture than the pretrained model: {', '.join(parts)}" if parts else ""
+    for key, shape in plan.tensors.items():
+        if not problem and tuple(shapes[key]) != tuple(shape):
+            problem = f": {key} has the shape {tuple(shapes[key])}, the pretrained model's {tuple(shape)}"
+    if problem:
+        raise PlanError(f"expert {name!r}{problem}; use experts that were fine-tuned from this pretrained model")
+
+
+def check_finite(tensor: Tensor, name: str, label: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        PlanError: It names the model by `label`, and the tensor by `name`.
+    """
+    if not tensor.is_floating_point():
+        return
+    # the sum is many times faster to check; one NaN or infinity spoils it, and it may also overflow
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    if not torch.isfinite(total) and not torch.isfinite(tensor).all():
+        kind = "NaN" if torch.isnan(tensor).any() else "infinity"
+        raise PlanError(f"{label} holds {kind} in {name}; it was not saved or trained correctly")
+
+
+def _candidate_layers(model: nn.Module, config: SmileConfig) -> dict[str, nn.Module]:
+    """Every layer of a type that the options allow. The weight of a grouped convolution is not a single matrix."""
+    layers = {name: module for name, module in model.named_modules() if plain_type_of(module)}
+    return {n: m for n, m in layers.items() if not isinstance(m, nn.Conv2d) or (config.convolutions and m.groups == 1)}
+
+
+def _select_layers(model: nn.Module, candidates: dict[str, nn.Module], config: SmileConfig) -> dict[str, nn.Module]:
+    for pattern in (*(config.target_modules or ()), *config.exclude_modules):
+        if not any(fnmatchcase(name, pattern) for name in candidates):
+            near = difflib.get_close_matches(pattern, candidates, n=1, cutoff=0.3)
+            hint = f"; a linear layer is called {near[0]}" if near else ""
+            raise ConfigError(f"the module pattern {pattern!r} matches no linear layer of this model{hint}")
+    targets = ("*",) if config.target_modules is None else config.target_modules
+    targeted = {name for name in candidates if any(fnmatchcase(name, p) for p in targets)}
+    excluded = {name for name in candidates if any(fnmatchcase(name, p) for p in config.exclude_modules)}
+    selected = {name: layer for name, layer in candidates.items() if name in targeted - excluded}
+    for name, layer in selected.items():
+        _check_layer(model, name, layer)
+    if not selected:
+        raise PlanError(_nothing_to_upscale(model, len(candidates), config))
+    return selected
+
+
+def _check_layer(model: nn.Module, name: str, module: nn.Module) -> None:
+    plain = cast("type[nn.Module]", plain_type_of(module))
+    if type(module).forward is not plain.forward:
+        raise PlanError(
+            f"{name} is a {type(module).__name__}, which computes more than {plain.__name__} does; "
+            f"leave it out with exclude_modules=['{name}'], or start from a model with plain layers"
+        )
+    parts = name.split(".")
+    for parent in (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))):
+        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):  # fused attention
+            raise PlanError(
+                f"torch.nn.{type(parent).__name__} reads the weights of {name} without calling the layer, so its "
+                f"experts would be ignored; leave it out with exclude_modules=['{name}']"
+            )
+
+
+def _nothing_to_upscale(model: nn.Module, count: int, config: SmileConfig) -> str:
+    if count:
+        return f"target_modules and exclude_modules leave none of the {count} linear layers of {type(model).__name__}"
+    has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    hint = "; convolutions=true upscales its convolutions" if has_convolutions and not config.convolutions else ""
+    return f"{type(model).__name__} has no linear layer to upscale{hint}"
+
+
+def _plan_layer(name: str, layer: nn.Module, config: SmileConfig) -> LayerPlan:
+    routed_type, weight = routed_type_of(layer), cast(Tensor, layer.weight)
+    out_features, in_features = routed_type.weight_matrix(weight).shape
+    k, gate_k = (min(rank, out_features, in_features) for rank in (config.k, config.gate_k))
+    has_bias = layer.bias is not None
+    return LayerPlan(name, in_features, out_features, k, gate_k, has_bias, weight.element_size(), routed_type)
+
+
+def _check_ranks(layers: Sequence[LayerPlan], config: SmileConfig) -> None:
+    """Refuse a rank that is too large for every layer, and log one that is too large for some."""
+    ranks = {"gate_k": config.gate_k, "k": config.k}
+    largest = max(min(layer.in_features, layer.out_features) for layer in layers)
+    for option, rank in ranks.items():
+        if rank > largest:
+            raise ConfigError(f"{option}={rank} is more than any layer allows; the largest possible is {largest}")
+    for option, rank in ranks.items():
+        limited = [layer for layer in layers if getattr(layer, option) < rank]
+        if limited:
+            log.info(
+                "%s=%d is limited by the size of %d of %d layers, first of %s (%d)", option, rank,
+                len(limited), len(layers), limited[0].name, getattr(limited[0], option),
+            )  # fmt: skip
+
+
+def _range(values: Sequence[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"

@@ -1,0 +1,204 @@
+"""Streaming upscaling, from files to files: for models that are larger than memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from ..config import SmileConfig
+from ..exceptions import ConfigError, PlanError
+from ..io import ExpertSource, Provenance, SmileMetadata, Source, StateDictSource, tied_names
+from ..io.atomic import replace_folder_atomically
+from ..io.checkpoint import architecture, copy_companions, is_companion
+from ..io.model_card import write_model_card
+from ..io.safetensors_source import INDEX_FILE, SafetensorsSource
+from ..io.transformers_hook import SmileQuantizationConfig, is_tied
+from ..nn import ExpertLayout, store_tensors
+from .factor_cache import FactorCache
+from .factorize import Factorizer, add_to_sum, open_experts, read_finite
+from .layer_factors import LayerFactors
+from .plan import LayerPlan, Plan, check_expert, make_plan
+
+log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def upscale_to_folder(
+    pretrained: str | os.PathLike[str], experts: Mapping[str, ExpertSource], folder: str | os.PathLike[str],
+    config: SmileConfig | None = None, *,
+    factor_cache: FactorCache | None = None, max_shard_bytes: int = 2 * 10**9, **options: Any,
+) -> None:  # fmt: skip
+    """Write an upscaled checkpoint layer by layer, holding no more than one shard in memory.
+
+    Loading it with ``from_pretrained`` gives the model that `upscale` makes of the same models.
+
+    Args:
+        pretrained: A folder that ``save_pretrained`` wrote.
+        experts: Name → folder, PEFT LoRA adapter, or safetensors file.
+        folder: The folder of the checkpoint, complete or absent. An existing one is replaced.
+        config: The options; alternatively they are given as keywords.
+        factor_cache: A cache of factors. None factors everything.
+        max_shard_bytes: A file is closed before it grows beyond this, unless one tensor alone does.
+        options: The fields of `SmileConfig`.
+
+    Raises:
+        ConfigError, PlanError: As for `upscale`; also for experts that cannot be read tensor by tensor.
+        CheckpointError: Nothing can be written to `folder`.
+    """
+    config, pretrained, folder = SmileConfig.resolve(config, options), Path(pretrained), Path(folder)
+    _check_streamable(config)
+    stream = _open(pretrained, experts, config, factor_cache)
+    with replace_folder_atomically(folder, carry=is_companion) as scratch:
+        writer = ShardWriter(scratch, max_shard_bytes)
+        for name, tensor in stream.tensors():
+            writer.add(name, tensor)
+        writer.finish()
+        copy_companions(pretrained, scratch)
+        metadata = stream.metadata()
+        model_config = AutoConfig.from_pretrained(pretrained)  # not the meta model's, which records how it was made
+        model_config.quantization_config = SmileQuantizationConfig(metadata)
+        model_config.save_pretrained(scratch)
+        write_model_card(metadata, folder, scratch, getattr(model_config, "_name_or_path", ""))
+    log.info("wrote %d upscaled layers to %s, %d files", len(metadata.layouts), folder, writer.num_files)
+
+
+def _check_streamable(config: SmileConfig) -> None:
+    """Refuse options that need the whole model, or the spectra of all layers, at once."""
+    needs_whole_model = {
+        "param_ratio": config.param_ratio is not None,
+        "expert_parameters": config.expert_parameters != "layers",
+        "noise_baseline": config.noise_baseline,
+    }
+    for name, is_set in needs_whole_model.items():
+        if is_set:
+            raise ConfigError(f"{name}={getattr(config, name)} needs the whole model in memory: use upscale and save")
+
+
+def _open(
+    folder: Path, experts: Mapping[str, ExpertSource], config: SmileConfig, factor_cache: FactorCache | None
+) -> _Stream:
+    """Plan the upscaling with a model without weights, and open all files."""
+    model_config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = architecture(folder, model_config.architectures)._from_config(model_config)
+    model.tie_weights()
+    plan, aliases = make_plan(model, len(experts), config), tied_names(model)
+    shapes = {name: tuple(shape) for name, shape in plan.tensors.items()}
+    pretrained = SafetensorsSource(folder, like=shapes, aliases=aliases)
+    check_expert(plan, "_pretrained_", pretrained.shapes())
+    sources = open_experts(plan, experts, pretrained, aliases)
+    for name, source in sources.items():
+        if source is None:
+            raise PlanError(f"expert {name!r} is no folder or file: upscaling to disk reads tensor by tensor")
+    factorizer = Factorizer(config, len(experts) > 1, factor_cache, plan.num_workers(config.compute_device))
+    return _Stream(plan, model, pretrained, cast("dict[str, Source]", sources), factorizer)
+
+
+@dataclass
+class _Stream:
+    """The tensors of an upscaled checkpoint, one after the other, and its metadata at the end."""
+
+    plan: Plan
+    model: PreTrainedModel
+    pretrained: Source
+    experts: Mapping[str, Source]
+    factorizer: Factorizer
+    layouts: dict[str, ExpertLayout] = field(default_factory=dict)
+    energy: dict[str, list[float]] = field(default_factory=dict)
+    digests: list[list[str]] = field(default_factory=list)
+    added_parameters: int = 0
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of everything that the checkpoint holds."""
+        tied = tied_names(self.model)
+
+        def stored_name(name: str) -> str:
+            """The name of a tied tensor that transformers expects in a checkpoint."""
+            return next((n for n in (name, *tied.get(name, ())) if not is_tied(self.model, n)), name)
+
+        for name in dict.fromkeys(stored_name(name) for name in self.plan.other_tensors):
+            yield name, self._other_tensor(name)
+        for layer in self.plan.layers:
+            names = [f"{layer.name}.{part}" for part in (("weight", "bias") if layer.has_bias else ("weight",))]
+            state = {name: read_finite(self.pretrained, name, "the pretrained model") for name in names}
+            for name, tensor in state.items():
+                yield stored_name(name) if name.endswith(".weight") else name, tensor
+            yield from self._expert_tensors(layer, StateDictSource(state))
+
+    def _expert_tensors(self, layer: LayerPlan, pretrained: Source) -> Iterator[tuple[str, Tensor]]:
+        items = [(layer, source, f"expert {name!r}") for name, source in self.experts.items()]
+        factors = LayerFactors(len(items), self.factorizer.factorize(pretrained, items))
+        self.digests.append(factors.source_digests)
+        if factors.is_unchanged:
+            return
+        config = self.factorizer.config
+        self.layouts[layer.name], self.energy[layer.name] = factors.layout(config.routing_use_diff), factors.energies
+        device = pretrained.read(f"{layer.name}.weight").device
+        for name, tensor in store_tensors(factors.tensors(device), config.storage).items():
+            self.added_parameters += tensor.numel()
+            yield f"{layer.name}.{name}", tensor
+
+    def _other_tensor(self, name: str) -> Tensor:
+        tensor = read_finite(self.pretrained, name, "the pretrained model")
+        averaged, total = self.factorizer.config.average_experts, None
+        for expert, source in self.experts.items():
+            if averaged or not source.is_pretrained(name):
+                value = read_finite(source, name, f"expert {expert!r}")
+                total = add_to_sum(total, value) if averaged and value.is_floating_point() else total
+        return tensor if total is None else (total / len(self.experts)).to(tensor.dtype)
+
+    def metadata(self) -> SmileMetadata:
+        """The metadata of the checkpoint, once all tensors were taken."""
+        parameters = (self.plan.parameters, self.plan.parameters + self.added_parameters)
+        provenance = Provenance.of_layers(tuple(self.experts), self.energy, self.digests, parameters)
+        return SmileMetadata(self.factorizer.config, tuple(self.experts), self.layouts, provenance)
+
+
+class ShardWriter:
+    """Writes tensors to safetensors files of bounded size. The index comes last: a partial checkpoint has none.
+
+    Attributes:
+        num_files: The number of files that were written.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder, self._max_bytes = folder, max_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._files: list[tuple[Path, list[str]]] = []
+        self._total_bytes = self.num_files = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor, at the latest with the last one."""
+        if self._pending and sum(t.nbytes for t in self._pending.values()) + tensor.nbytes > self._max_bytes:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._total_bytes += tensor.nbytes
+
+    def _flush(self) -> None:
+        self.num_files += 1
+        file = self._folder / f"part-{self.num_files}.safetensors"
+        save_file(self._pending, file, {"format": "pt"})
+        self._files.append((file, list(self._pending)))
+        self._pending = {}
+
+    def finish(self) -> None:
+        """Write the remaining tensors and the index."""
+        self._flush()
+        weight_map: dict[str, str] = {}
+        for number, (file, names) in enumerate(self._files, 1):
+            part = f"-{number:05d}-of-{self.num_files:05d}" if self.num_files > 1 else ""
+            file.rename(self._folder / f"model{part}.safetensors")
+            weight_map |= dict.fromkeys(names, f"model{part}.safetensors")
+        if self.num_files > 1:
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=1))

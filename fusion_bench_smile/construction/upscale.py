@@ -1,0 +1,158 @@
+"""Upscaling: from a pretrained model and its experts to one routed model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, cast
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from ..config import SmileConfig
+from ..io import ExpertSource, Provenance, StateDictSource, tied_names
+from ..io.metadata import describe_model
+from ..io.transformers_hook import attach_metadata
+from ..nn import Prototypes
+from .assemble import Differences, replace_layers, set_averages, set_routing, stack_differences
+from .distributed import WorkPartition
+from .factor_cache import FactorCache
+from .factorize import FactorizedExperts, Factorizer, ProgressCallback, factorize_experts, open_experts
+from .plan import Plan, allocate_ranks, make_plan
+from .rank_allocation import LayerSpectra, summarize_ranks
+
+log = logging.getLogger(__name__)
+
+Experts = Mapping[str, ExpertSource] | Sequence[ExpertSource]
+
+
+@torch.no_grad()
+def upscale(
+    pretrained: nn.Module, experts: Experts, config: SmileConfig | None = None, *,
+    factor_cache: FactorCache | None = None, share_work: bool = False, in_place: bool = False, calibration: int = 0,
+    on_progress: ProgressCallback | None = None, **options: Any,
+) -> nn.Module:  # fmt: skip
+    """Upscale a pretrained model and its experts into one routed model (arXiv 2408.10174, section 4).
+
+    Upscaling needs no data and no training. Every linear layer that an expert changed becomes a routed layer. The other
+    parameters stay the pretrained ones, or are averaged with ``average_experts``. The result is a model of the same
+    class, on the devices and in the dtypes of the pretrained model.
+
+    Args:
+        pretrained: The pretrained model. It is copied, not modified, unless `in_place` is set.
+        experts: Name → fine-tuned model; the experts of a sequence get the names "0", "1", …. An expert is a module, a
+            state dict, a folder with safetensors files (read tensor by tensor), a PEFT LoRA adapter (never merged), or
+            a function that loads one of these. A function is called once, and its result is dropped before the next
+            one is called.
+        config: The options; alternatively they are given as keywords (``k=16``).
+        factor_cache: A cache of factors. None factors everything.
+        share_work: Divide the work among the processes of torch.distributed's default group. All of them must call this
+            function with the same models, and all get the same model.
+        in_place: Build in `pretrained` itself, which saves a copy. Invalid arguments are refused before it is modified.
+        calibration: Reserve parameters of a `param_ratio` for `calibrate` with so many inputs of each task.
+        on_progress: Called after each (expert, layer) pair with the number of pairs that this process has factored and
+            has to factor.
+        options: The fields of `SmileConfig`.
+
+    Raises:
+        ConfigError: An option cannot work.
+        PlanError: The models cannot be upscaled together; see `make_plan` and `check_expert`.
+    """
+    config, named = SmileConfig.resolve(config, options), _named(experts)
+    plan = make_plan(pretrained, len(named), config)
+    began, partition = time.perf_counter(), WorkPartition(single_process=not share_work)
+    workers = plan.num_workers(config.compute_device)
+    factorizer = Factorizer(config, with_router=len(named) > 1, cache=factor_cache, workers=workers)
+    factorized, error = FactorizedExperts(), None
+    try:
+        factorize_experts(plan, pretrained, named, factorizer, partition, factorized, on_progress)
+    except Exception as problem:
+        error = problem
+    partition.raise_together(error)
+    model = pretrained if in_place else deepcopy(pretrained)
+    differences = stack_differences(pretrained, partition.all_gather(factorized.differences)[0], len(named))
+    if config.param_ratio is not None:
+        reserved = _parameters_outside_layers(plan, config, differences, calibration)
+        fit_ranks(plan, pretrained, factorized, partition, config, reserved)
+        partition = WorkPartition()  # every process has the factors of all
+    provenance = replace_layers(model, plan, factorized, partition, config, tuple(named))
+    set_averages(model, partition.all_gather(factorized.sums)[0], len(named))
+    set_routing(model, config, tuple(named), differences)
+    attach_metadata(model, describe_model(model, config, tuple(named), provenance))
+    _log_summary(plan, factorized, factorizer, provenance, time.perf_counter() - began)
+    return model
+
+
+def plan_upscaling(pretrained: nn.Module, experts: Experts, config: SmileConfig | None = None, **options: Any) -> Plan:
+    """The plan of `upscale` with the same arguments. Whatever is refused without reading weights is refused.
+
+    Raises:
+        ConfigError, PlanError: See `upscale`.
+    """
+    config, named = SmileConfig.resolve(config, options), _named(experts)
+    plan = make_plan(pretrained, len(named), config)
+    open_experts(plan, named, StateDictSource(pretrained.state_dict()), tied_names(pretrained))
+    return plan
+
+
+def _named(experts: Experts) -> dict[str, ExpertSource]:
+    return dict(experts) if isinstance(experts, Mapping) else {str(i): expert for i, expert in enumerate(experts)}
+
+
+def fit_ranks(
+    plan: Plan, pretrained: nn.Module, factorized: FactorizedExperts, partition: WorkPartition,
+    config: SmileConfig, reserved: int,
+) -> None:  # fmt: skip
+    """Gather the factors of all layers in every process, and truncate them to the ranks within `param_ratio`.
+
+    Raises:
+        ConfigError: The budget without the `reserved` parameters is too small for the router rows.
+    """
+    spectra = []
+    for layer in plan.layers:
+        factors = factorized.gather_layer(layer.name, plan.num_experts, partition)
+        factorized.layers[layer.name] = factors
+        weight = cast(Tensor, pretrained.get_submodule(layer.name).weight)
+        spectra.append(
+            LayerSpectra(
+                layer.name, layer.in_features, layer.out_features, factors.squared_singular_values(),
+                tuple(factors.gate_ranks), config.routing_use_diff, float(weight.double().square().sum()),
+                factors.num_bias_parameters, scales_per_row=int(config.storage == "int8"),
+            )
+        )  # fmt: skip
+    ranks = allocate_ranks(spectra, plan.parameters, config, reserved)
+    summary = "; ".join(f"{kind} {text}" for kind, text in summarize_ranks(spectra, ranks).items())
+    log.info("ranks by allocation=%s: %s", config.allocation, summary)
+    for layer, layer_ranks in zip(plan.layers, ranks, strict=True):
+        factors = factorized.layers[layer.name]
+        factorized.layers[layer.name] = factors.truncate(layer_ranks, config.routing_use_diff)
+
+
+def _parameters_outside_layers(plan: Plan, config: SmileConfig, differences: Differences, calibration: int) -> int:
+    """Parameters of expert-specific norms and embeddings, of a baseline, and of prototypes to come."""
+    different = sum(value.numel() for values in differences.values() for value in values.values())
+    baseline = 2 * plan.num_experts if config.noise_baseline else 0
+    prototypes = Prototypes.num_parameters(plan.num_experts, len(plan.layers), calibration) if calibration else 0
+    return different + baseline + prototypes
+
+
+def _log_summary(
+    plan: Plan, factorized: FactorizedExperts, factorizer: Factorizer, provenance: Provenance, seconds: float
+) -> None:
+    log.info("upscaled %d of %d linear layers in %.1f s", len(provenance.energy), len(plan.layers), seconds)
+    memory = psutil.Process().memory_info().rss
+    log.info("read %.1f MB of the experts; this process holds %.0f MB", factorizer.bytes_read / 1e6, memory / 1e6)
+    shares = torch.tensor([share for layer in provenance.energy.values() for share in layer])
+    if len(shares):
+        log.info("energy ‖ΔW‖² kept by the ranks: min %.4f, median %.4f", shares.min(), shares.median())
+    if factorizer.cache is not None:
+        log.info("factor cache: %d hits, %d misses", factorizer.cache.hits, factorizer.cache.misses)
+    if factorized.unused_changes:
+        log.info(
+            "%d tensors outside the upscaled layers differ from the pretrained model's and are not used (first: %s); "
+            "average_experts=true averages them",
+            len(factorized.unused_changes), min(factorized.unused_changes),
+        )  # fmt: skip

@@ -1,0 +1,164 @@
+"""SMILE upscaling as a method of the framework: an adapter from a model pool to `upscale`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fusion_bench.method.base_algorithm import BaseAlgorithm
+from fusion_bench.mixins.lightning_fabric import LightningFabricMixin
+from fusion_bench.mixins.simple_profiler import SimpleProfilerMixin
+from fusion_bench.modelpool.base_pool import BaseModelPool
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from tqdm.auto import tqdm
+
+from .. import construction
+from ..config import SmileConfig, check_keys
+from ..exceptions import PlanError
+from ..io import ExpertSource, check_writable_folder, is_checkpoint, load, metadata_of, save
+from .calibration_data import calibration_inputs
+from .jobs import process_rank
+from .model_pools import PRETRAINED, expert_source, load_model
+
+log = logging.getLogger(__name__)
+
+CONFIG_OPTIONS = [field.name for field in fields(SmileConfig)]
+RUN_OPTIONS = ["model_path", "factor_cache", "dry_run", "calibration"]
+
+
+class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
+    """SMILE upscaling (arXiv 2408.10174, section 4) as a method of the framework.
+
+    Args:
+        model_path: folder of a checkpoint, which is loaded instead of upscaling; without a checkpoint, the upscaled
+            model is saved there.
+        factor_cache: folder of cached factors, which sweeps and restarted runs look up by the content of the weights.
+        calibration: number of unlabelled inputs of each expert's training set for `calibrate`; zero-shot without.
+        dry_run: print the plan and return None, which the framework neither saves nor evaluates.
+        options: the fields of `SmileConfig`, named as in the framework's own SMILE.
+
+    Raises:
+        ConfigError: for an unknown option or an invalid value.
+    """
+
+    _config_mapping = BaseAlgorithm._config_mapping | {name: name for name in [*CONFIG_OPTIONS, *RUN_OPTIONS]}
+
+    def __init__(
+        self, *, model_path: str | None = None, factor_cache: str | None = None, calibration: int = 0,
+        dry_run: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        check_keys(options, [*CONFIG_OPTIONS, *RUN_OPTIONS])
+        plain = {name: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for name, v in options.items()}
+        self.options = SmileConfig.from_dict(plain)
+        construction.check_calibration(calibration, self.options)
+        self.model_path, self.factor_cache = model_path, factor_cache
+        self.calibration, self.dry_run = calibration, dry_run
+        for name in CONFIG_OPTIONS:  # the framework builds `self.config` from attributes
+            setattr(self, name, getattr(self.options, name))
+
+    def run(self, modelpool: BaseModelPool | Mapping[str, nn.Module] | Sequence[nn.Module]) -> nn.Module | None:
+        """Upscale a model pool, a mapping with the key ``_pretrained_``, or a sequence that starts with that model.
+
+        Returns:
+            The upscaled model on the device of the pretrained model; None for a dry run.
+
+        Raises:
+            SmileError: for models that can't be upscaled, loaded or saved; see `upscale`, `load` and `save`.
+        """
+        pool = _as_pool(modelpool)
+        _save_as_checkpoint(pool)
+        self._check_output_folders()
+        if self.model_path is not None and self._on_all_ranks(is_checkpoint(self.model_path)):
+            log.info("loading the upscaled model from %s", self.model_path)
+            with self.profile("load upscaled model"):
+                of_transformers = (Path(self.model_path) / "config.json").exists()  # others are loaded into a model
+                return load(self.model_path, None if of_transformers else load_model(pool, PRETRAINED))
+        model = self._upscale(pool)
+        if model is not None and self.model_path is not None:
+            with self.profile("save upscaled model"):
+                save(model, self.model_path)
+            if self._fabric_instance is not None:
+                self.fabric.barrier()
+        if process_rank() == 0:
+            log.info("%s", self.profiler.summary())
+        return model
+
+    def _check_output_folders(self) -> None:
+        """Refuse folders that can't be written before anything is computed."""
+        for path in filter(None, [self.model_path, getattr(self._program, "merged_model_save_path", None)]):
+            if "{" not in path:  # the framework fills in its log folder later
+                check_writable_folder(Path(path))
+
+    def _on_all_ranks(self, condition: bool) -> bool:
+        """The condition as rank 0 found it: on another rank it may have changed by now."""
+        return self.fabric.broadcast(condition) if self._fabric_instance is not None else condition
+
+    def _upscale(self, pool: BaseModelPool) -> nn.Module | None:
+        if PRETRAINED not in pool.all_model_names:
+            raise PlanError(f"the model pool has no {PRETRAINED!r} model; it has: {', '.join(pool.all_model_names)}")
+        with self.profile("load pretrained model"):
+            pretrained = load_model(pool, PRETRAINED)
+        experts = {name: expert_source(pool, name, pretrained) for name in pool.model_names}
+        if self.dry_run:
+            if process_rank() == 0:
+                self._print_plan(pretrained, experts)
+            return None
+        with self.profile("upscale"), _ProgressBar() as progress:
+            model = construction.upscale(
+                pretrained, experts, self.options, calibration=self.calibration, on_progress=progress.update,
+                factor_cache=construction.FactorCache(self.factor_cache) if self.factor_cache else None,
+                share_work=self._fabric_instance is not None,
+                in_place=not isinstance(pool._models[PRETRAINED], nn.Module),  # loaded for this run alone
+            )  # fmt: skip
+        if self.calibration:
+            with self.profile("calibrate"):
+                construction.calibrate(model, calibration_inputs(pool, list(experts), self.calibration))
+        before, after = metadata_of(model).provenance.parameters
+        log.info("%d experts, %d parameters, parameter ratio %.3f", len(experts), after, after / before)
+        return model
+
+    def _print_plan(self, pretrained: nn.Module, experts: Mapping[str, ExpertSource]) -> None:
+        plan = construction.plan_upscaling(pretrained, experts, self.options)
+        table = Table(title="plan of smile_upscaling (dry_run=true)", show_header=False)
+        for name, value in {**plan.summary(), **plan.budget_summary(self.options)}.items():
+            table.add_row(name, value)
+        device = self.options.compute_device
+        seconds = construction.estimate_seconds(
+            plan, lambda delta, rank: construction.truncated_svd(delta.to(device), rank), plan.num_workers(device)
+        )
+        table.add_row("time to factor, from files or memory", f"{seconds:.1f} s")
+        Console().print(table)
+
+
+class _ProgressBar(ExitStack):
+    """A progress bar of rank 0, from the first factorized delta on: an error before that has a line to itself."""
+
+    _bar: tqdm | None = None
+
+    def update(self, done: int, total: int) -> None:
+        if self._bar is None:
+            bar = tqdm(desc="factorizing", unit="delta", total=total, disable=process_rank() != 0, leave=False)
+            self._bar = self.enter_context(bar)
+        self._bar.update(done - self._bar.n)
+
+
+def _as_pool(models: BaseModelPool | Mapping[str, nn.Module] | Sequence[nn.Module]) -> BaseModelPool:
+    if isinstance(models, BaseModelPool):
+        return models
+    if isinstance(models, (Mapping, DictConfig)):
+        return BaseModelPool(dict(models))
+    return BaseModelPool({PRETRAINED if i == 0 else str(i - 1): model for i, model in enumerate(models)})
+
+
+def _save_as_checkpoint(pool: BaseModelPool) -> None:
+    """Make a pool that would pickle tensors write a checkpoint: ``merged_model_save_path`` calls its `save_model`."""
+    if type(pool).save_model is BaseModelPool.save_model:
+        pool.save_model = lambda model, path, *_, **__: save(model, path)  # type: ignore[method-assign]

@@ -1,0 +1,236 @@
+"""The framework's fusion program with a `RunReport` for every run, in sweeps that can be resumed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from fusion_bench.programs.fabric_fusion_program import FabricModelFusionProgram
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from .. import reports
+from ..exceptions import SmileError
+from ..io import write_text_atomically
+from ..nn import count_bytes, count_parameters, routing_statistics
+from ..reports import REPORT_FILE, ResourceMeter, RunReport, TaskResult
+from .individual import IndividualModels, single_task_config
+from .jobs import needs_subprocess, process_rank, report_in, run_in_subprocess
+from .model_pools import PRETRAINED, load_model
+
+log = logging.getLogger(__name__)
+
+WITHOUT_EFFECT = ("device", "factor_cache", "upscaling_accelerator")  # options that leave a method's result as it is
+INTERPOLATION_KEYS = ("study", "tuned", "split")  # of the configuration, read by interpolations alone
+
+
+class ReportingFusionProgram(FabricModelFusionProgram):
+    """Runs a method and writes a `RunReport` beside the framework's report, also for a run that fails.
+
+    A run is skipped if its folder has a complete report of the same configuration. Starting a killed sweep again thus
+    runs what is missing. A job of a sweep with several processes runs in a subprocess: the processes that Fabric
+    launches would repeat the whole sweep.
+
+    Args:
+        label: the name of the run in tables; None derives it from the method and its options.
+        benchmark: the name under which runs are compared; None is model pool and task pool.
+        individual: folder or file with the report of the individual models, for retention.
+        budget: the largest parameter ratio with a positive objective; None for no limit.
+        routing: record routing statistics in the report.
+        redo: run even if there is a complete report.
+        options: all others; see the framework's program.
+    """
+
+    def __init__(
+        self, *args: Any, label: str | None = None, benchmark: str | None = None, individual: str | None = None,
+        budget: float | None = None, routing: bool = True, redo: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(*args, **{key: value for key, value in options.items() if key not in INTERPOLATION_KEYS})
+        self.label, self.benchmark, self.individual, self.budget = label, benchmark, individual, budget
+        self.record_routing, self.redo = routing, redo
+        self.measurements: dict[str, Any] = {}
+        self._meter = ResourceMeter()
+
+    # -- called by the framework
+
+    def run(self) -> dict[str, Any]:
+        """The result of the framework's program, with the written `RunReport`, or None, under ``run_report``."""
+        folder = self.folder
+        earlier = None if self.redo else report_in(folder, self._fingerprint())
+        if earlier is not None and earlier.status == "complete":
+            log.info("%s is already complete: %s", earlier.label, folder / REPORT_FILE)
+            return {"merged_model": None, "report": None, "run_report": earlier}
+        return self._run_in_subprocess(folder) if needs_subprocess(self._fabric) else self._run(folder)
+
+    def _instantiate_and_setup(self, config: DictConfig, *args: Any, **kwargs: Any) -> Any:
+        instance = super()._instantiate_and_setup(config, *args, **kwargs)
+        self._meter = ResourceMeter()  # after the last of pools and method, construction begins
+        return instance
+
+    def save_merged_model(self, merged_model: nn.Module) -> None:
+        """Measure the construction that has ended, and save the model if there is a ``merged_model_save_path``."""
+        self.measurements["construction"] = self._meter.stop()
+        if isinstance(merged_model, nn.Module):
+            self.measurements |= {"parameters": count_parameters(merged_model), "bytes": count_bytes(merged_model)}
+        if self.merged_model_save_path is not None and isinstance(merged_model, IndividualModels):
+            log.warning("merged_model_save_path: individual models are not saved, they are in the model pool already")
+        elif self.merged_model_save_path is not None:
+            super().save_merged_model(merged_model)
+
+    def evaluate_merged_model(self, taskpool: Any, merged_model: Any, *args: Any, **kwargs: Any) -> Any:
+        """The task pool's report of the model on all tasks, or of each individual model on its own task."""
+        report: Any
+        meter = ResourceMeter()
+        if isinstance(merged_model, IndividualModels):
+            report = self._evaluate_individual(merged_model)
+        else:
+            with self._routing_recorded(merged_model):
+                report = super().evaluate_merged_model(taskpool, merged_model, *args, **kwargs)
+        self.measurements["evaluation"] = meter.stop()
+        return report
+
+    # -- parts of a run
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run's files."""
+        log_dir = self.path.get("log_dir") if self.path is not None else None
+        return Path(log_dir or self.log_dir or ".")
+
+    def _run(self, folder: Path) -> dict[str, Any]:
+        started = datetime.now(timezone.utc)
+        report_save_path, self.report_save_path = self.report_save_path, None  # every process would write that file
+        try:
+            result: Any = super().run()
+            report = None if result["merged_model"] is None else self._complete_report(result["report"], started)
+        except (Exception, SystemExit) as error:
+            succeeded = isinstance(error, SystemExit) and error.code in (None, 0)
+            if not succeeded and process_rank() == 0:
+                self._report(started, status="failed", error=_reason(error), **self.measurements).write(folder)
+            raise
+        if report is not None and process_rank() == 0:
+            if report_save_path is not None:
+                file = Path(report_save_path.format(log_dir=folder))
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_text_atomically(file, json.dumps(result["report"], default=str))
+            log.info("report: %s", report.write(folder))
+        return {**result, "run_report": report}
+
+    @contextmanager
+    def _routing_recorded(self, model: Any) -> Iterator[None]:
+        """Record routing statistics of an upscaled model inside the ``with`` block."""
+        if not self.record_routing or not isinstance(model, nn.Module):
+            yield
+            return
+        with routing_statistics(model) as statistics:
+            yield
+        recorded = {name: layer for name, layer in statistics.items() if layer.tokens}
+        layers = {name: reports.LayerRouting(load=v.load, entropy=v.entropy) for name, v in recorded.items()}
+        if layers:
+            self.measurements["routing"] = reports.Routing(experts=list(self.modelpool.model_names), layers=layers)
+
+    def _run_in_subprocess(self, folder: Path) -> dict[str, Any]:
+        started = datetime.now(timezone.utc)
+        code, report = run_in_subprocess(folder, self._fingerprint(), started)
+        if report is None and code:
+            reason = f"the processes ended with exit code {code}; see their output"
+            report = self._report(started, status="failed", error=reason)
+            report.write(folder)
+        if report is not None and report.status == "failed":
+            raise RuntimeError(report.error)
+        return {"merged_model": None, "report": None, "run_report": report}
+
+    def _evaluate_individual(self, models: IndividualModels) -> dict[str, Any]:
+        """Evaluate each model on the task of its name, with a task pool of that task alone."""
+        self.measurements["kind"] = "individual"
+        report: dict[str, Any] = {}
+        parameters = 0
+        for name, model in models.items():
+            taskpool = self._instantiate_and_setup(single_task_config(self._taskpool or DictConfig({}), name))
+            parameters += count_parameters(model)
+            report[name] = taskpool.evaluate(model)[name]
+        self.measurements["parameters"] = parameters
+        return report
+
+    def _complete_report(self, task_report: Any, started: datetime) -> RunReport | None:
+        """The report of a complete run; None if the task pool evaluated something else than one model."""
+        tasks = reports.task_results(task_report) if isinstance(task_report, Mapping) else {}
+        if not (tasks or task_report is None or "model_info" in task_report):
+            log.warning("no %s: the report of the task pool is not that of one model on named tasks", REPORT_FILE)
+            return None
+        average = reports.average_of(tasks)
+        report = self._report(started, status="complete", tasks=tasks, average=average, **self.measurements)
+        samples = [task.samples for task in tasks.values()]
+        if report.evaluation is not None and None not in samples:
+            report.samples_per_second = sum(filter(None, samples)) / report.evaluation.seconds
+        if PRETRAINED in self.modelpool.all_model_names:
+            pretrained = load_model(self.modelpool, PRETRAINED)
+            report.pretrained_parameters = count_parameters(pretrained)
+            report.pretrained_bytes = count_bytes(pretrained)
+        individual = tasks if report.kind == "individual" else self._individual_tasks()
+        report.retention = reports.retention_of(tasks, individual)
+        report.objective = objective_of(report, self.budget)
+        return report
+
+    def _report(self, started: datetime, **measurements: Any) -> RunReport:
+        config, hydra = self._resolved_config(), HydraConfig.get() if HydraConfig.initialized() else None
+        choices = hydra.runtime.choices if hydra else {}
+        pools = {name: str(choices.get(name) or config[name].get("_target_")) for name in ("modelpool", "taskpool")}
+        fabric = self._fabric_instance
+        device, processes = (fabric.device, fabric.world_size) if fabric is not None else (torch.device("cpu"), 1)
+        return RunReport(
+            label=self.label or reports.label_of(config["method"]), method=config["method"],
+            benchmark=self.benchmark or " · ".join(pools.values()),
+            models=[name for name in config["modelpool"].get("models") or {} if name != PRETRAINED],
+            modelpool=pools["modelpool"], taskpool=pools["taskpool"], seed=self.seed, config=config,
+            overrides=list(hydra.overrides.task) if hydra else [], fingerprint=self._fingerprint(),
+            environment=reports.environment(device, processes), started=started, finished=datetime.now(timezone.utc),
+            **measurements,
+        )  # fmt: skip
+
+    def _resolved_config(self) -> dict[str, Any]:
+        """What determines the results: method, model pool, task pool, seed."""
+        parts: dict[str, Any] = {"method": self._method, "modelpool": self._modelpool, "taskpool": self._taskpool or {}}
+        plain = {name: OmegaConf.to_container(part, resolve=True) for name, part in parts.items() if part is not None}
+        return {"taskpool": {}, **plain, "seed": self.seed, "fast_dev_run": self.fast_dev_run}
+
+    def _fingerprint(self) -> str:
+        config = self._resolved_config()
+        config["method"] = {key: value for key, value in config["method"].items() if key not in WITHOUT_EFFECT}
+        return reports.fingerprint(config)
+
+    def _individual_tasks(self) -> dict[str, TaskResult]:
+        """The results of the individual models; empty if their report is not there yet."""
+        if self.individual is None:
+            return {}
+        path = Path(self.individual)
+        try:
+            return RunReport.read(path / REPORT_FILE if path.is_dir() or not path.suffix else path).tasks
+        except reports.ReportError as error:
+            log.info("individual=%s: %s; the report has no retention, the leaderboard adds it", path, error)
+            return {}
+
+
+def objective_of(report: RunReport, budget: float | None) -> float | None:
+    """The objective that an optimiser of a run's options maximises, in percent; None if it is undefined.
+
+    It is the retention, or the average where the individual models are unknown. Above the budget, which is the largest
+    parameter ratio, it is negative and falls with that ratio, so that every model within the budget is better.
+    """
+    if budget is not None and report.parameter_ratio is not None and report.parameter_ratio > budget:
+        return 100 * (1 - report.parameter_ratio / budget)
+    return report.average if report.retention is None else report.retention
+
+
+def _reason(error: BaseException) -> str:
+    """The error of a failed run, as its report has it."""
+    if isinstance(error, SystemExit):
+        return str(error.code)
+    return str(error) if isinstance(error, SmileError) else f"{type(error).__name__}: {error}"

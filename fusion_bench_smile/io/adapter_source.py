@@ -1,0 +1,136 @@
+"""PEFT LoRA adapters, read as the factors they are. Imports PEFT."""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from ..exceptions import PlanError
+from .safetensors_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SafetensorsSource
+from .sources import Shapes, Source
+
+# options with which an adapter computes something else than (W + scaling·BA)x
+UNSUPPORTED = (
+    "use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "alora_invocation_tokens", "layer_replication",
+    "megatron_config", "target_parameters", "trainable_token_indices", "arrow_config",
+)  # fmt: skip
+# initialisations that change the pretrained weights
+UNSUPPORTED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class AdapterSource(Source):
+    """A PEFT LoRA adapter on top of the pretrained model. Its deltas stay in factors and are never merged.
+
+    Supported settings: ``r``, ``lora_alpha``, ``use_rslora``, ``rank_pattern``, ``alpha_pattern``,
+    ``modules_to_save``, ``bias``. A tensor depends on the pretrained model too, so it has no identity.
+
+    Raises:
+        PlanError: The adapter is of another kind (named), was made for another base model, or is damaged.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], pretrained: Source) -> None:
+        self._pretrained, folder = pretrained, Path(folder)
+        config = load_lora_config(folder)
+        self._tensors = SafetensorsSource(folder / ADAPTER_WEIGHTS)
+        self._replaced: dict[str, str] = {}  # name in the model → key of a tensor stored whole
+        self._factors: dict[str, tuple[str, str, float]] = {}  # name in the model → keys of B and A, scaling
+        shapes = self._tensors.shapes()
+        for key in shapes:
+            name = key.removeprefix("base_model.model.")
+            if match := re.fullmatch(r"(.+)\.lora_(embedding_)?A(\.weight)?", name):
+                counterpart = re.sub(r"\.lora_(embedding_)?A", r".lora_\1B", key)
+                if counterpart not in shapes:
+                    raise PlanError(f"{folder}: {key} has no counterpart {counterpart}; the adapter is incomplete")
+                self._factors[f"{match[1]}.weight"] = (counterpart, key, _scaling(config, match[1], shapes[key][0]))
+            elif ".original_module." in name:
+                continue  # the pretrained part of a module in modules_to_save: bias="all" stores it, nothing uses it
+            elif not re.search(r"\.lora_(embedding_)?B(\.weight)?$", name):
+                self._replaced[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = key
+        self._check_shapes(folder, shapes, pretrained.shapes())
+
+    def _check_shapes(self, folder: Path, shapes: Shapes, pretrained_shapes: Shapes) -> None:
+        for name, key in self._replaced.items():
+            if "lora_" in name:
+                raise PlanError(f"{folder}: the tensor {key} belongs to a kind of adapter that can't be read")
+            if pretrained_shapes.get(name) != shapes[key]:
+                raise PlanError(_other_base_model(folder, name, pretrained_shapes.get(name), shapes[key]))
+        for name, (b, a, _) in self._factors.items():
+            if len(shapes[a]) != 2 or len(shapes[b]) != 2:
+                raise PlanError(f"{folder}: {name} is adapted by a convolution, not a linear layer; merge it first")
+            required = (shapes[b][0], shapes[a][1])
+            required = required[::-1] if "lora_embedding_" in a else required
+            if pretrained_shapes.get(name) != required or shapes[b][1] != shapes[a][0]:
+                raise PlanError(_other_base_model(folder, name, pretrained_shapes.get(name), required))
+
+    def shapes(self) -> Shapes:
+        """See `Source.shapes`."""
+        return self._pretrained.shapes()
+
+    def read(self, name: str) -> Tensor:
+        """See `Source.read`. An adapted weight is computed as W + scaling·BA."""
+        if name in self._replaced:
+            return self._tensors.read(self._replaced[name])
+        pretrained, factors = self._pretrained.read(name), self.low_rank(name)
+        if factors is None:
+            return pretrained
+        delta = (factors[0] @ factors[1]).to(pretrained.device)
+        delta = delta.T if "lora_embedding_" in self._factors[name][1] else delta
+        return (pretrained.to(delta.dtype) + delta).to(pretrained.dtype)
+
+    def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """scaling·B (out, r) and A (r, in), at least float32; None for a tensor that is not adapted."""
+        if name not in self._factors:
+            return None
+        b_key, a_key, scaling = self._factors[name]
+        b, a = self._tensors.read(b_key), self._tensors.read(a_key)
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        return b.to(dtype) * scaling, a.to(dtype)
+
+    def is_pretrained(self, name: str) -> bool:
+        """Whether the adapter leaves a tensor alone."""
+        return name not in self._replaced and name not in self._factors
+
+
+def load_lora_config(folder: Path) -> LoraConfig:
+    """The settings of a LoRA adapter; PlanError if they cannot be read, or give something else than W + scaling·BA."""
+    try:
+        settings: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{folder / ADAPTER_CONFIG} can't be read: {error}") from None
+    if (kind := settings.get("peft_type")) != "LORA":
+        raise PlanError(f"{folder} is a {kind} adapter; of PEFT's adapters only LORA can be read: merge it first")
+    for option in UNSUPPORTED:
+        if settings.get(option):
+            raise PlanError(f"{folder}: {option}={settings[option]!r} of a LoRA adapter can't be read; merge it first")
+    init = str(settings.get("init_lora_weights", True)).lower()
+    if init.startswith(UNSUPPORTED_INITS):
+        raise PlanError(f"{folder}: init_lora_weights={init!r} changed the base model itself; merge it first")
+    try:
+        return LoraConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"{folder / ADAPTER_CONFIG} can't be read: {error}") from None
+
+
+def _scaling(config: LoraConfig, module: str, rank: int) -> float:
+    """PEFT's scaling: α/r, or α/√r with rank-stabilised LoRA."""
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    declared = ranks.get(get_pattern_key(list(ranks), module), config.r)
+    if declared != rank:
+        raise PlanError(f"the adapter declares rank {declared} for {module}, its tensors have rank {rank}")
+    alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
+    return float(alpha) / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _other_base_model(folder: Path, name: str, pretrained: tuple[int, ...] | None, adapter: tuple[int, ...]) -> str:
+    problem = "has no such tensor" if pretrained is None else f"has the shape {pretrained}"
+    return (
+        f"the adapter {folder} was made for another model: {name} needs {adapter}, the pretrained model {problem}; "
+        "use the base model that its adapter_config.json names"
+    )

@@ -1,0 +1,153 @@
+"""The metadata of an upscaled model: one object that layers, router, checkpoint and model card read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version as installed_version
+from typing import Any
+
+import xxhash
+from torch import nn
+
+from ..config import SmileConfig
+from ..exceptions import CheckpointError
+from ..nn.attachment import router_of
+from ..nn.expert_parameters import modules_with_expert_parameters
+from ..nn.layout import ExpertLayout
+from ..nn.routed import count_parameters, routed_layers
+
+FORMAT_VERSION = 3
+PACKAGES = ("fusion-bench-smile", "torch", "transformers")
+LOADING = "pip install fusion-bench-smile, and import fusion_bench_smile before from_pretrained"
+# format 3 repeats these options in the description of every layer
+REPEATED_OPTIONS = {
+    "top_k": "top_k", "execution": "execution", "score": "routing_score", "storage": "storage",
+    "shared_router": "routing_use_diff",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What an upscaled model was made of.
+
+    Attributes:
+        energy: Upscaled layer → for each expert the share of ‖ΔW‖² that its rank keeps.
+        sources: Expert → a digest of its weights (or LoRA factors) in the upscaled layers.
+        parameters: The number of parameters of the pretrained model and of the upscaled one.
+        versions: Package → version.
+    """
+
+    energy: dict[str, list[float]] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    parameters: tuple[int, int] = (0, 0)
+    versions: dict[str, str] = field(default_factory=lambda: {name: installed_version(name) for name in PACKAGES})
+
+    @classmethod
+    def of_layers(
+        cls, experts: Sequence[str], energy: Mapping[str, Sequence[float]], digests: Iterable[Sequence[str]],
+        parameters: tuple[int, int],
+    ) -> Provenance:  # fmt: skip
+        """The provenance of a model from the energies and the experts' digests (none if unchanged) of its layers."""
+        by_layer = [layer_digests for layer_digests in digests if layer_digests]
+        joined = {name: "/".join(layer[index] for layer in by_layer) for index, name in enumerate(experts)}
+        sources = {name: xxhash.xxh3_128(text.encode()).hexdigest() for name, text in joined.items()}
+        rounded = {name: [round(share, 6) for share in shares] for name, shares in energy.items()}
+        return cls(rounded, sources, parameters)
+
+
+@dataclass(frozen=True)
+class SmileMetadata:
+    """The description of an upscaled model. T is the number of experts.
+
+    Attributes:
+        config: The options it was built with.
+        experts: The experts' names, in the order of the layouts.
+        layouts: Layer name → the ranks of the experts in it.
+        provenance: What it was made of.
+        has_baseline: The router standardises scores by random inputs.
+        prototypes: The number of features and of directions of the router's prototypes, or None.
+        expert_parameters: Module → the names of its parameters that differ between experts.
+        loading: What loading the checkpoint requires, for people.
+    """
+
+    config: SmileConfig
+    experts: tuple[str, ...]
+    layouts: dict[str, ExpertLayout]
+    provenance: Provenance = field(default_factory=Provenance)
+    has_baseline: bool = False
+    prototypes: tuple[int, int] | None = None
+    expert_parameters: dict[str, list[str]] = field(default_factory=dict)
+    loading: str = LOADING
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values in checkpoint format 3."""
+        router = {"baseline": self.has_baseline, "prototypes": list(self.prototypes) if self.prototypes else None}
+        return {
+            "layers": {name: self._layer_dict(layout) for name, layout in self.layouts.items()},
+            "experts": list(self.experts), "options": json.loads(json.dumps(self.config.to_dict())),
+            "recipe": {
+                "energy": self.provenance.energy, "sources": self.provenance.sources,
+                "parameters": list(self.provenance.parameters), "calibrated": self._prototype_parameters(),
+                "versions": self.provenance.versions,
+            },
+            "router": {} if self.config.routing_scope == "token" else router,
+            "own": self.expert_parameters, "format_version": FORMAT_VERSION, "needs": self.loading,
+        }  # fmt: skip
+
+    def _layer_dict(self, layout: ExpertLayout) -> dict[str, Any]:
+        return {
+            "ranks": list(layout.ranks), "gate_ranks": list(layout.gate_ranks), "top_k": self.config.top_k,
+            "shared_router": layout.shared_router, "expert_bias": layout.expert_bias,
+            "execution": self.config.execution, "score": self.config.routing_score, "storage": self.config.storage,
+        }  # fmt: skip
+
+    def _prototype_parameters(self) -> int:
+        if self.prototypes is None:
+            return 0
+        features, directions = self.prototypes
+        return len(self.experts) * features + features + (features + 1) * directions + 5
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "this checkpoint") -> SmileMetadata:
+        """Read checkpoint format 3; CheckpointError for another format, or if a layer contradicts the options."""
+        version = values.get("format_version", 0)
+        if version != FORMAT_VERSION:
+            hint = "upgrade fusion-bench-smile" if version > FORMAT_VERSION else "build the model again"
+            raise CheckpointError(f"{where} has format version {version}, this package reads {FORMAT_VERSION}: {hint}")
+        config = SmileConfig.from_checkpoint(values["options"])
+        layouts = {}
+        for name, layer in values["layers"].items():
+            _check_repeated_options(name, layer, config, where)
+            layouts[name] = ExpertLayout.from_dict(layer)
+        recipe, router = values.get("recipe") or {}, values.get("router") or {}
+        parameters, prototypes = tuple(recipe.get("parameters", (0, 0))), router.get("prototypes")
+        return cls(
+            config, tuple(values["experts"]), layouts,
+            Provenance(recipe.get("energy", {}), recipe.get("sources", {}), parameters, recipe.get("versions", {})),
+            bool(router.get("baseline")), tuple(prototypes) if prototypes else None, values.get("own") or {},
+            values.get("needs", LOADING),
+        )  # fmt: skip
+
+
+def describe_model(
+    model: nn.Module, config: SmileConfig, experts: Sequence[str], provenance: Provenance
+) -> SmileMetadata:
+    """The metadata of a complete upscaled model, of which layouts and router are read and parameters counted."""
+    router = router_of(model)
+    prototypes = None if router is None else router.prototypes
+    return SmileMetadata(
+        config, tuple(experts), layouts={name: layer.layout for name, layer in routed_layers(model).items()},
+        provenance=replace(provenance, parameters=(provenance.parameters[0], count_parameters(model))),
+        has_baseline=router is not None and router.baseline is not None,
+        prototypes=None if prototypes is None else (len(prototypes.scale), len(prototypes.variances)),
+        expert_parameters=modules_with_expert_parameters(model),
+    )  # fmt: skip
+
+
+def _check_repeated_options(name: str, layer: Mapping[str, Any], config: SmileConfig, where: str) -> None:
+    for key, option in REPEATED_OPTIONS.items():
+        if layer[key] != (value := getattr(config, option)):
+            problem = f"{key} is {layer[key]!r} in {name} and {value!r} in the options; the file was edited"
+            raise CheckpointError(f"{where}: {problem}: build the model again")

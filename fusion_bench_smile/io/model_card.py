@@ -1,0 +1,51 @@
+"""The model card of a checkpoint: the README.md of its folder."""
+
+import re
+import statistics
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .metadata import SmileMetadata
+
+CARD_FILE = "README.md"
+MARK = "<!-- written by fusion_bench_smile -->"
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def write_model_card(metadata: SmileMetadata, target: Path, folder: Path, base_model: str) -> None:
+    """Write the model card into the new `folder`, unless the `target` that it will replace has a card by a person."""
+    existing = target / CARD_FILE
+    if existing.exists() and MARK not in existing.read_text(errors="replace"):
+        return
+    on_hub = bool(base_model) and not Path(base_model).exists() and HUB_NAME.fullmatch(base_model) is not None
+    model_card(metadata, base_model if on_hub else None).save(folder / CARD_FILE)
+
+
+def model_card(metadata: SmileMetadata, base_model: str | None) -> ModelCard:
+    """The model card of an upscaled model; `base_model` is the pretrained model's name on a hub, if it has one."""
+    import pandas as pd  # takes as long to import as torch
+
+    from .tables import markdown_table
+
+    data = ModelCardData(library_name="transformers", tags=["fusion-bench", "smile", "merge"], base_model=base_model)
+    provenance = metadata.provenance
+    before, after = provenance.parameters
+    shares = [share for layer in provenance.energy.values() for share in layer]
+    lines = [
+        MARK, "", "# A SMILE model", "",
+        "A zero-shot sparse mixture of low-rank experts (SMILE, arXiv 2408.10174): one model with the experts of "
+        "several, built with `fusion_bench_smile` from the pretrained model and its fine-tuned variants, without data "
+        "or training.", "",
+        f"To load it: {metadata.loading}.", "",
+        f"- parameters: {after:,}, {after / max(before, 1):.3f} times the pretrained model's {before:,}",
+        f"- experts: {len(metadata.experts)}; upscaled layers: {len(provenance.energy)}",
+    ]  # fmt: skip
+    if shares:
+        lines.append(f"- energy ‖ΔW‖² kept: at least {min(shares):.4f}, median {statistics.median(shares):.4f}")
+    lines.append(f"- versions: {', '.join(f'{name} {number}' for name, number in provenance.versions.items())}")
+    sources = [(name, f"`{provenance.sources.get(name, 'unknown')}`") for name in metadata.experts]
+    options = [(name, str(value)) for name, value in metadata.config.to_dict().items()]
+    lines += ["", markdown_table(pd.DataFrame(sources, columns=["expert", "digest of its weights"]))]
+    lines += ["", markdown_table(pd.DataFrame(options, columns=["option", "value"])), ""]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n".join(lines))

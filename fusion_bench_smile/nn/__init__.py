@@ -1,0 +1,50 @@
+"""What runs in a loaded model: routed layers, router scores, execution, and the router for whole inputs.
+
+Imports torch alone, and transformers for the class of `Conv1D`.
+"""
+
+from .attachment import attach_router, detach_router, entry_points, router_of
+from .conv import SmileConv2d
+from .execution import InputGroups, merged_parameters
+from .input_router import ROUTER_NAME, InputRouter
+from .inspection import (
+    LayerRouting,
+    LayerStatistics,
+    as_expert,
+    observe_routing,
+    record_routing,
+    routing_statistics,
+    weight_by_expert,
+)
+from .layout import DENSE, ExpertLayout
+from .linear import SmileConv1D, SmileLinear
+from .prototypes import Prototypes
+from .quantization import quantize_rows, store_tensors
+from .registry import LAYER_TYPES, plain_type_of, routed_type_of
+from .routed import RoutedLayer, RoutingEvent, count_bytes, count_parameters, layers_with_router, routed_layers
+from .routing_state import MIN_ENERGY_SHARE, mean_over_tokens
+from .scoring import (
+    ENERGY_SCORES,
+    RIDGE,
+    dual_coefficients,
+    expert_norms,
+    project_on_router,
+    router_scores,
+    router_singular_values,
+    routing_features,
+    routing_weights,
+    score_projections,
+    select_experts,
+    token_energies,
+)
+
+__all__ = [
+    "DENSE", "ENERGY_SCORES", "LAYER_TYPES", "MIN_ENERGY_SHARE", "RIDGE", "ROUTER_NAME", "ExpertLayout",
+    "InputGroups", "InputRouter", "LayerRouting", "LayerStatistics", "Prototypes", "RoutedLayer", "RoutingEvent",
+    "SmileConv1D", "SmileConv2d", "SmileLinear", "as_expert", "attach_router", "count_bytes", "count_parameters",
+    "detach_router", "dual_coefficients", "entry_points", "expert_norms", "layers_with_router", "mean_over_tokens",
+    "merged_parameters", "observe_routing", "plain_type_of", "project_on_router", "quantize_rows", "record_routing",
+    "routed_layers", "routed_type_of", "router_of", "router_scores", "router_singular_values", "routing_features",
+    "routing_statistics", "routing_weights", "score_projections", "select_experts", "store_tensors", "token_energies",
+    "weight_by_expert",
+]  # fmt: skip

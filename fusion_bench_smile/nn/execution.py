@@ -1,0 +1,250 @@
+"""The execution of a routed layer. Pure functions of a layer and its input that compute the same result.
+
+- *masked*: every token with every expert, times its routing weight, which is zero for most experts. No operation
+  depends on the routing, and none synchronises with the host: the layer can be compiled and exported.
+- *grouped*: the tokens of each expert are gathered and computed with this expert alone.
+- *merged*: where the experts of whole inputs are chosen beforehand, the inputs of each expert are computed with
+  W₀ + ΔWᵢ.
+
+T is the number of experts, B the number of inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layout import is_uniform
+from .scoring import project_on_router, routing_weights, score_projections, select_experts
+
+if TYPE_CHECKING:
+    from .routed import RoutedLayer
+
+# On a CPU, gathering the tokens of an expert costs as much as this many multiply-adds, and several times as many where
+# the result is weighted. A group of few tokens takes as long as one of MIN_TOKENS, since the weights have to be read.
+GROUP_COST, WEIGHTED_GROUP_COST = 10_000_000, 40_000_000
+MIN_TOKENS = 8
+
+
+class InputGroups(NamedTuple):
+    """The inputs of a batch, grouped by the experts that serve them."""
+
+    num_inputs: int  # B
+    members: list[tuple[int, Tensor]]  # the experts that serve at least one input, with the indices of these (n,)
+
+
+def routed_output(layer: RoutedLayer, x: Tensor) -> Tensor:
+    """The output of a routed layer for x (…, in): (…, out)."""
+    router, config = layer.input_router, layer.smile_config
+    if router is not None and config.execution == "merged":
+        weights = router.weights_before_layer(layer, x)
+        groups = None if weights is None else router.group_inputs(weights)
+        if groups is not None:
+            return merged(layer, x, groups)
+    output = layer.plain_output(x, layer.weight, cast("Tensor | None", layer.bias))
+    if router is not None:
+        weights = router.weights(layer, x, output)
+        return output if weights is None else per_input(layer, x, output, weights, router.group_inputs(weights))
+    projections = project_on_router(layer, x)
+    if projections is None:  # one expert, or changed biases alone: all experts have the same weight
+        uniform = output.new_full((*output.shape[:-1], layer.layout.num_experts), 1 / layer.layout.num_experts)
+        return masked(layer, x, output, None, uniform)
+    scores = score_projections(layer, x, output, projections)
+    layer.call_routing_hooks(x, scores)
+    if grouping_pays(layer, x):
+        return grouped(layer, x, output, projections, scores)
+    every_expert = config.top_k >= layer.layout.num_experts
+    weights = scores.softmax(dim=-1) if every_expert else routing_weights(scores, config.top_k)
+    return masked(layer, x, output, projections, weights)
+
+
+def grouping_pays(layer: RoutedLayer, x: Tensor) -> bool:
+    """Whether a layer is computed expert by expert for an input (…, in).
+
+    ``execution="auto"`` groups on the CPU where the saved products outweigh the cost of the groups. An accelerator
+    would have to wait for the sizes of the groups, and a compiler or an export does not know them.
+    """
+    layout, config = layer.layout, layer.smile_config
+    if not layer.can_group_tokens:
+        return False
+    if config.execution != "auto":
+        return config.execution == "grouped" and config.top_k < layout.num_experts
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or config.top_k >= layout.num_experts:
+        return False
+    out_features, in_features = layer.weight_matrix(layer.weight).shape
+    tokens = x.numel() // in_features
+    dense = len(layout.dense_experts) * in_features * out_features
+    low_rank = sum(layout.down_ranks) * in_features + sum(layout.low_ranks) * out_features
+    saved = (dense + low_rank) * (1 - config.top_k / layout.num_experts) * max(tokens, MIN_TOKENS)
+    cost = GROUP_COST if config.top_k == 1 else WEIGHTED_GROUP_COST
+    return saved > cost * min(layout.num_experts, tokens * config.top_k)
+
+
+def masked(layer: RoutedLayer, x: Tensor, output: Tensor, projections: Tensor | None, weights: Tensor) -> Tensor:
+    """`output` (…, out) plus the contribution of every expert, times its weight (…, T)."""
+    up, dense = layer.rows("up"), layer.rows("dense")
+    if up is not None:
+        output = _add_product(output, _weighted_directions(layer, x, projections, weights), up)
+    weights = weights.to(output.dtype)
+    if dense is not None:
+        for row, expert in enumerate(layer.layout.dense_experts):
+            output = output + weights[..., expert, None] * layer.project(x, dense[row])
+    if layer.expert_bias is not None:
+        output = _add_product(output, weights, layer.expert_bias)
+    return output
+
+
+def grouped(layer: RoutedLayer, x: Tensor, output: Tensor, projections: Tensor, scores: Tensor) -> Tensor:
+    """`output` (…, out), to which the contribution of each expert to its tokens is added in place."""
+    top_k = layer.smile_config.top_k
+    tokens, sums = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1])
+    experts, weights = (values.flatten() for values in select_experts(scores, top_k))  # (N·top_k,)
+    projections = projections.flatten(0, -2) if projections.ndim > 1 else projections[None]
+    order = experts.argsort(stable=True)
+    counts = experts.bincount(minlength=layer.layout.num_experts).tolist()
+    token_indices = order if top_k == 1 else order // top_k
+    shared = _group_projections(layer, projections, token_indices, experts.index_select(0, order), counts)
+    groups = zip(order.split(counts), token_indices.split(counts), shared, strict=True)
+    for expert, (entries, indices, columns) in enumerate(groups):
+        contribution = _group_contribution(layer, expert, tokens, indices, columns) if len(indices) else None
+        if contribution is not None:
+            if top_k > 1:
+                contribution = contribution * weights[entries, None].to(contribution.dtype)
+            sums.index_add_(0, indices, contribution.to(output.dtype))
+    return output
+
+
+def per_input(layer: RoutedLayer, x: Tensor, output: Tensor, weights: Tensor, groups: InputGroups | None) -> Tensor:
+    """`output` (B, …, out) plus the experts' contributions, with one weight (B, T) for all tokens of an input."""
+    if groups is None:
+        token_weights = weights.view(len(weights), *[1] * (output.ndim - 2), -1).expand(*output.shape[:-1], -1)
+        return masked(layer, x, output, project_on_router(layer, x), token_weights)
+    for expert, inputs in groups.members:
+        whole_batch = len(inputs) == len(x)
+        contribution = expert_contribution(layer, expert, x if whole_batch else x.index_select(0, inputs))
+        if contribution is None:
+            continue
+        if layer.smile_config.top_k > 1:
+            weight = weights[:, expert] if whole_batch else weights[inputs, expert]
+            contribution = contribution * weight.view(-1, *[1] * (output.ndim - 1)).to(contribution.dtype)
+        # an expert that changed the bias alone adds the same to all tokens
+        contribution = contribution.to(output.dtype).expand(len(inputs), *output.shape[1:])
+        output = output + contribution if whole_batch else output.index_add_(0, inputs, contribution)
+    return output
+
+
+def merged(layer: RoutedLayer, x: Tensor, groups: InputGroups) -> Tensor:
+    """The output (B, …, out) for x (B, …, in) with at most one expert for each input."""
+    members: list[tuple[int | None, Tensor]] = [*groups.members]
+    if sum(len(inputs) for _, inputs in groups.members) < groups.num_inputs:
+        without_expert = torch.ones(groups.num_inputs, dtype=torch.bool, device=x.device)
+        for _, inputs in groups.members:
+            without_expert[inputs] = False
+        members.append((None, without_expert.nonzero()[:, 0]))
+    outputs = [
+        layer.plain_output(
+            x if len(inputs) == groups.num_inputs else x.index_select(0, inputs), *merged_parameters(layer, expert)
+        )
+        for expert, inputs in members
+    ]
+    if len(outputs) == 1:
+        return outputs[0]
+    output = outputs[0].new_empty(groups.num_inputs, *outputs[0].shape[1:])
+    for (_, inputs), part in zip(members, outputs, strict=True):
+        output.index_copy_(0, inputs, part)
+    return output
+
+
+def merged_parameters(layer: RoutedLayer, expert: int | None) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias of the plain layer plus the deltas of one expert; None adds nothing."""
+    weight, bias = layer.weight, cast("Tensor | None", layer.bias)
+    if expert is None:
+        return weight, bias
+    dense, up = layer.rows("dense", expert), layer.rows("up", expert)
+    if dense is not None:
+        weight = weight.clone()
+        layer.weight_matrix(weight).add_(dense[0])
+    elif up is not None:
+        weight = weight.clone()
+        layer.weight_matrix(weight).addmm_(up.mT, cast(Tensor, layer.directions(expert)))
+    if layer.expert_bias is not None:
+        bias = layer.expert_bias[expert] if bias is None else bias + layer.expert_bias[expert]
+    return weight, bias
+
+
+def expert_contribution(layer: RoutedLayer, expert: int, x: Tensor) -> Tensor | None:
+    """What one expert adds to the output for all tokens of x: (…, out); (out,) for a bias alone, None for nothing."""
+    contribution: Tensor | None = None
+    dense, up = layer.rows("dense", expert), layer.rows("up", expert)
+    if dense is not None:
+        contribution = layer.project(x, dense[0])
+    elif up is not None:
+        contribution = layer.project(x, cast(Tensor, layer.directions(expert))) @ up
+    if layer.expert_bias is None:
+        return contribution
+    bias = layer.expert_bias[expert]
+    return bias if contribution is None else contribution + bias
+
+
+def _weighted_directions(layer: RoutedLayer, x: Tensor, projections: Tensor | None, weights: Tensor) -> Tensor:
+    """The projections of x on the directions of all experts, times the experts' weights (…, T): (…, Σ ranks)."""
+    layout, parts = layer.layout, []
+    if projections is not None and any(layout.shared_ranks):
+        parts.append((projections, layout.gate_ranks, layout.shared_ranks))
+    down = layer.rows("down")
+    if down is not None:
+        parts.append((layer.project(x, down), layout.down_ranks, layout.down_ranks))
+    if all(is_uniform(sizes) and is_uniform(kept) for _, sizes, kept in parts):
+        blocks = [p.unflatten(-1, (len(sizes), sizes[0]))[..., : kept[0]] for p, sizes, kept in parts]
+        return (torch.cat(blocks, dim=-1) * weights[..., None]).flatten(-2)
+    split = [_leading_columns(*part) for part in parts]
+    experts = zip(weights.split(1, -1), *split, strict=True)
+    return torch.cat([block * weight for weight, *blocks in experts for block in blocks], dim=-1)
+
+
+def _group_projections(
+    layer: RoutedLayer, projections: Tensor, token_indices: Tensor, experts: Tensor, counts: Sequence[int]
+) -> list[Tensor]:
+    """For each expert the projections of its tokens on its router rows that are directions: (n, shared rank)."""
+    layout = layer.layout
+    if not is_uniform(layout.gate_ranks):
+        blocks = projections.split(list(layout.gate_ranks), dim=-1)
+        groups = zip(blocks, token_indices.split(counts), layout.shared_ranks, strict=True)
+        return [block[:, :rank].index_select(0, indices) for block, indices, rank in groups]
+    rows = projections.reshape(-1, layout.gate_ranks[0])  # (N·T, gate rank): one gather for all experts
+    gathered = rows.index_select(0, token_indices * layout.num_experts + experts).split(counts)
+    return [block[:, :rank] for block, rank in zip(gathered, layout.shared_ranks, strict=True)]
+
+
+def _group_contribution(
+    layer: RoutedLayer, expert: int, tokens: Tensor, indices: Tensor, shared: Tensor
+) -> Tensor | None:
+    """What one expert adds to some tokens, whose `shared` projections are known: (n, out); None for nothing."""
+    bias = None if layer.expert_bias is None else layer.expert_bias[expert]
+    dense, up = layer.rows("dense", expert), layer.rows("up", expert)
+    if dense is not None:
+        return F.linear(tokens.index_select(0, indices), dense[0], bias)
+    if up is not None:
+        down = layer.rows("down", expert)
+        projections = shared
+        if down is not None:
+            projections = torch.cat([shared, F.linear(tokens.index_select(0, indices), down)], dim=-1)
+        return F.linear(projections.to(up.dtype), up.mT, bias)
+    return None if bias is None else bias.expand(len(indices), -1)
+
+
+def _add_product(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """output (…, n) + left (…, m) @ right (m, n). May write into `output`."""
+    flat, left = output.reshape(-1, output.shape[-1]), left.reshape(-1, left.shape[-1]).to(right.dtype)
+    # in place neither the mixed dtypes of autocast nor the dynamic sizes of an export are possible
+    in_place = flat.dtype == right.dtype and not torch.compiler.is_compiling()
+    return (flat.addmm_(left, right) if in_place else torch.addmm(flat, left, right)).reshape(output.shape)
+
+
+def _leading_columns(columns: Tensor, sizes: Sequence[int], kept: Sequence[int]) -> list[Tensor]:
+    """The first kept[i] of the sizes[i] columns of each expert i."""
+    return [block[..., :count] for block, count in zip(columns.split(list(sizes), dim=-1), kept, strict=True)]

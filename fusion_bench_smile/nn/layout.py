@@ -1,0 +1,75 @@
+"""The layout of a routed layer: the ranks that each expert has in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+DENSE = -1
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How the experts of one layer are stored. T is the number of experts.
+
+    Attributes:
+        ranks: The rank of each expert; 0 for an unchanged weight, −1 (`DENSE`) for a dense delta.
+        gate_ranks: The number of router rows of each expert; 0 gives the expert a score of 0.
+        shared_router: The router rows are the leading directions of the experts' factors. Otherwise they are stored in
+            addition to the factors.
+        expert_bias: At least one expert changed the bias.
+    """
+
+    ranks: tuple[int, ...]
+    gate_ranks: tuple[int, ...]
+    shared_router: bool = True
+    expert_bias: bool = False
+
+    @property
+    def num_experts(self) -> int:
+        """T."""
+        return len(self.ranks)
+
+    @cached_property
+    def low_ranks(self) -> tuple[int, ...]:
+        """The number of `up` rows of each expert."""
+        return tuple(max(rank, 0) for rank in self.ranks)
+
+    @cached_property
+    def shared_ranks(self) -> tuple[int, ...]:
+        """The number of directions of each expert that are router rows."""
+        if not self.shared_router:
+            return (0,) * self.num_experts
+        return tuple(min(k, g) for k, g in zip(self.low_ranks, self.gate_ranks, strict=True))
+
+    @cached_property
+    def down_ranks(self) -> tuple[int, ...]:
+        """The number of `down` rows of each expert: its directions that are not router rows."""
+        return tuple(k - s for k, s in zip(self.low_ranks, self.shared_ranks, strict=True))
+
+    @cached_property
+    def dense_ranks(self) -> tuple[int, ...]:
+        """The number of `dense` entries of each expert: 1 or 0."""
+        return tuple(int(rank == DENSE) for rank in self.ranks)
+
+    @property
+    def dense_experts(self) -> tuple[int, ...]:
+        """The indices of the experts with a dense delta."""
+        return tuple(index for index, rank in enumerate(self.ranks) if rank == DENSE)
+
+    @cached_property
+    def rows(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name → the number of rows of each expert in it."""
+        return {"gate": self.gate_ranks, "down": self.down_ranks, "up": self.low_ranks, "dense": self.dense_ranks}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ExpertLayout:
+        """Build a layout from JSON values, where tuples are lists."""
+        return cls(tuple(values["ranks"]), tuple(values["gate_ranks"]), values["shared_router"], values["expert_bias"])
+
+
+def is_uniform(sizes: Sequence[int]) -> bool:
+    """Whether all sizes are equal."""
+    return len(set(sizes)) == 1

@@ -1,0 +1,156 @@
+"""Router scores: how well each expert fits a token (arXiv 2408.10174, section 4). Pure functions of a routed layer.
+
+T is the number of experts, pᵢⱼ = vᵢⱼᵀx the projection of a token x on the j-th router row of expert i, sᵢⱼ the
+singular value of that row. A layer has no router where it has one expert, or where only biases were changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import RoutingScore
+from .layout import is_uniform
+
+if TYPE_CHECKING:
+    from .routed import RoutedLayer
+
+ENERGY_SCORES = ("relative", "dual")  # shares of the token's energy; layers multiply them, and average the others
+RIDGE = 0.03  # added to the diagonal of the Gram matrix of the router rows, which is 1
+
+
+def router_scores(
+    layer: RoutedLayer, x: Tensor, output: Tensor | None = None, score: RoutingScore | None = None
+) -> Tensor | None:
+    """The score of every expert for every token.
+
+    - ``"norm"``, the paper's: (Σⱼ pᵢⱼ²)^½;
+    - ``"weighted"``: (Σⱼ (sᵢⱼ/sᵢ₁)² pᵢⱼ²)^½, over the rows that are directions of the expert;
+    - ``"relative"``: Σⱼ pᵢⱼ² / ‖x‖², the share of the token's energy, independent of its size;
+    - ``"dual"``: Σⱼ cᵢⱼ² / ‖x‖² with `dual_coefficients` c;
+    - ``"output"``: (Σⱼ sᵢⱼ² pᵢⱼ²)^½ / ‖W₀x + b₀‖, the relative change of the layer's output.
+
+    Args:
+        layer: A routed layer.
+        x: (…, in), its input.
+        output: (…, out), the pretrained layer's output for x. Only ``"output"`` needs it.
+        score: The kind of score. None takes the model's ``routing_score``.
+
+    Returns:
+        (…, T), float32, or float64 for float64 inputs. None without a router.
+    """
+    projections = project_on_router(layer, x)
+    if projections is None:
+        return None
+    return score_projections(layer, x, x if output is None else output, projections, score)
+
+
+def project_on_router(layer: RoutedLayer, x: Tensor) -> Tensor | None:
+    """The projections of x (…, in) on the router rows: (…, Σ gate_ranks). None without a router.
+
+    The result is at least float32, also under autocast: rounded scores choose wrong experts.
+    """
+    gate = layer.rows("gate")
+    if gate is None:
+        return None
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if not torch.is_autocast_enabled(x.device.type):
+        return layer.project(x.to(dtype), gate.to(dtype))
+    with torch.autocast(x.device.type, enabled=False):
+        return layer.project(x.to(dtype), gate.to(dtype))
+
+
+def score_projections(
+    layer: RoutedLayer, x: Tensor, output: Tensor, projections: Tensor, score: RoutingScore | None = None
+) -> Tensor:
+    """`router_scores` from projections (…, Σ gate_ranks) that are known: (…, T)."""
+    score = score or layer.smile_config.routing_score
+    gate_ranks = layer.layout.gate_ranks
+    if score == "norm":
+        return expert_norms(projections, gate_ranks)
+    if score in ENERGY_SCORES:
+        coefficients = projections if score == "relative" else dual_coefficients(layer, projections)
+        return expert_norms(coefficients, gate_ranks).square() / token_energies(layer, x)
+    singular_values = router_singular_values(layer).to(projections.dtype)
+    if score == "weighted":
+        return expert_norms(projections * _relative_to_first(singular_values, gate_ranks), gate_ranks)
+    output_norm = torch.linalg.vector_norm(output, dim=-1, keepdim=True, dtype=projections.dtype)
+    tiny = torch.finfo(output_norm.dtype).tiny
+    return expert_norms(projections * singular_values, gate_ranks) / output_norm.clamp(min=tiny)
+
+
+def routing_features(layer: RoutedLayer, x: Tensor) -> Tensor | None:
+    """The features of tokens x (…, in) that prototypes are fitted to: (…, 2·T). None without a router.
+
+    First the score ``"dual"`` of all experts, then Σⱼ sᵢⱼ² pᵢⱼ² / ‖x‖².
+    """
+    projections = project_on_router(layer, x)
+    if projections is None:
+        return None
+    gate_ranks = layer.layout.gate_ranks
+    weighted = projections * router_singular_values(layer).to(projections.dtype)
+    dual = dual_coefficients(layer, projections)
+    norms = torch.cat([expert_norms(dual, gate_ranks), expert_norms(weighted, gate_ranks)], dim=-1)
+    return norms.square() / token_energies(layer, x)
+
+
+def expert_norms(values: Tensor, gate_ranks: Sequence[int]) -> Tensor:
+    """The norm of each expert's columns of values (…, Σ gate_ranks): (…, T)."""
+    if is_uniform(gate_ranks):
+        return torch.linalg.vector_norm(values.unflatten(-1, (len(gate_ranks), gate_ranks[0])), dim=-1)
+    blocks = values.split(list(gate_ranks), -1)
+    return torch.stack([torch.linalg.vector_norm(block, dim=-1) for block in blocks], -1)
+
+
+def dual_coefficients(layer: RoutedLayer, projections: Tensor) -> Tensor:
+    """The coefficients of tokens in the dual basis of all router rows G: (GGᵀ + ridge)⁻¹ Gx, (…, Σ gate_ranks).
+
+    A direction that several experts have is divided among them. Directions that all experts share, such as those of
+    LoRA's random A, then say little about an input, and those of one expert alone say most.
+    """
+    gate = layer.rows("gate")
+    assert gate is not None
+    gate = gate.to(projections.dtype)
+    with torch.autocast(projections.device.type, enabled=False):
+        gram = gate @ gate.mT + RIDGE * torch.eye(len(gate), dtype=gate.dtype, device=gate.device)
+        return projections @ torch.linalg.inv_ex(gram).inverse  # inv_ex does not synchronise with the host
+
+
+def router_singular_values(layer: RoutedLayer) -> Tensor:
+    """The singular value of each router row: (Σ gate_ranks,), float32; zero for rows that are no expert's direction."""
+    layout, up = layer.layout, layer.rows("up")
+    values = layer.weight.new_zeros(0).float() if up is None else torch.linalg.vector_norm(up.float(), dim=1)
+    sizes = zip(values.split(list(layout.low_ranks)), layout.shared_ranks, layout.gate_ranks, strict=True)
+    return torch.cat([F.pad(s[:shared], (0, gate_rank - shared)) for s, shared, gate_rank in sizes])
+
+
+def token_energies(layer: RoutedLayer, x: Tensor) -> Tensor:
+    """‖x‖² of every token of x (…, in): (…, 1), above zero."""
+    squares = x.to(torch.promote_types(x.dtype, torch.float32)).square()
+    ones = squares.new_ones(1, layer.weight_matrix(layer.weight).shape[1])
+    return layer.project(squares, ones).clamp(min=torch.finfo(squares.dtype).tiny)
+
+
+def select_experts(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The experts that serve tokens with scores (…, T), and their weights: both (…, top_k).
+
+    A softmax over the kept scores equals the paper's softmax over all, top-k, and renormalisation.
+    """
+    kept, experts = scores.topk(top_k, dim=-1)
+    return experts, torch.ones_like(kept) if top_k == 1 else kept.softmax(dim=-1)
+
+
+def routing_weights(scores: Tensor, top_k: int) -> Tensor:
+    """The weight of every expert for scores (…, T): (…, T), at most `top_k` of them not zero."""
+    experts, weights = select_experts(scores, top_k)
+    return torch.zeros_like(scores).scatter(-1, experts, weights)
+
+
+def _relative_to_first(values: Tensor, gate_ranks: Sequence[int]) -> Tensor:
+    """Singular values (Σ gate_ranks,) divided by the first one of their expert."""
+    blocks = values.split(list(gate_ranks))
+    return torch.cat([s / s[:1].clamp(min=torch.finfo(s.dtype).tiny) for s in blocks])

@@ -1,0 +1,43 @@
+"""Default labels of methods in tables, derived from their configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+LABELS = {
+    "DummyAlgorithm": "pretrained",
+    "IndividualModelsAlgorithm": "individual",
+    "SimpleAverageAlgorithm": "simple average",
+    "TaskArithmeticAlgorithm": "Task Arithmetic (λ={scaling_factor})",
+    "TiesMergingAlgorithm": "TIES (λ={scaling_factor})",
+    "FisherMergingForCLIPVisionModel": "Fisher",
+    "RegMeanAlgorithmForCLIP": "RegMean",
+    "clip_layer_wise_adamerging": "AdaMerging (layer-wise)",
+    "clip_task_wise_adamerging": "AdaMerging (task-wise)",
+    "FlanT5LayerWiseAdaMergingAlgorithm": "AdaMerging (layer-wise)",
+    "fusion_bench_smile.SmileUpscalingAlgorithm": "SMILE (gate_k={gate_k}, k={k}{extensions})",
+    "SmileUpscalingAlgorithm": "SMILE of the framework (gate_k={gate_k}, k={k})",
+}
+
+
+def label_of(method: Mapping[str, Any]) -> str:
+    """The label of a method's configuration: an entry of `LABELS`, filled in; the class name for other methods."""
+    target = str(method.get("_target_") or method.get("name") or "unknown")
+    name = target.rsplit(".", 1)[-1]
+    template = LABELS.get(target) or LABELS.get(name) or name
+    options = dict.fromkeys(("scaling_factor", "gate_k", "k"), "?") | dict(method)
+    return template.format_map(options | {"extensions": "".join(f", {part}" for part in _extensions(method))})
+
+
+def _extensions(method: Mapping[str, Any]) -> Iterator[str]:
+    """The options of SMILE that go beyond the paper."""
+    scope, ratio = method.get("routing_scope") or "token", method.get("param_ratio")
+    if method.get("calibration"):
+        yield f"calibrated by {method['calibration']}"
+    elif scope != "token":
+        yield str(scope).replace("_", "-")
+    if ratio is not None:
+        yield f"≤{ratio:g}×"
+    if method.get("storage") == "int8":
+        yield "int8"

@@ -1,0 +1,222 @@
+"""The report of one run, the same for every method: schema, file, and scores from a task pool's results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..exceptions import SmileError
+from ..io import write_text_atomically
+
+REPORT_FILE = "smile_report.json"
+SCHEMA_VERSION = 1
+PERCENT_SCALES = {"accuracy": 100.0, "spearman_rho": 100.0}  # task pools give these metrics as fractions
+RESERVED_ENTRIES = ("average", "model_info", "run")  # entries of a task pool's report that are no tasks
+
+
+class ReportError(SmileError):
+    """A report is missing, damaged, or of an unsupported schema version."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class TaskResult(_Section):
+    """The result of one task."""
+
+    metric: str  # of the score, e.g. accuracy
+    score: float | None  # % for accuracy, 100 ρ for spearman_rho, else as the task pool gives it; None if undefined
+    samples: int | None = None  # evaluated samples; None if the task pool does not report them
+    metrics: dict[str, float | None] = Field(default_factory=dict)  # all numbers of the task pool, unscaled
+
+
+class Stage(_Section):
+    """Resource usage of one stage of a run: construction or evaluation."""
+
+    seconds: float  # wall-clock time of the first process
+    peak_host_bytes: int | None = None  # peak resident memory beyond that at the start; None if it can't be measured
+    peak_device_bytes: int | None = None  # the same for the accelerator; None without one
+
+    @property
+    def peak_megabytes(self) -> float | None:
+        """Peak memory of the accelerator, or of the host without one, in MB (10⁶ bytes)."""
+        peak = self.peak_device_bytes or self.peak_host_bytes
+        return None if peak is None else peak / 1e6
+
+
+class LayerRouting(_Section):
+    """Routing statistics of one layer."""
+
+    load: list[float]  # share of the routing weights of all tokens for each of the T experts; the sum is 1
+    entropy: float  # mean entropy of the softmax over all experts, relative to a uniform one, from 0 to 1
+
+
+class Routing(_Section):
+    """Routing statistics of the samples that the first process evaluated."""
+
+    experts: list[str]  # names of the T experts, in the order of `LayerRouting.load`
+    layers: dict[str, LayerRouting]
+
+
+class Environment(_Section):
+    """Hardware and software of a run."""
+
+    python: str
+    platform: str
+    accelerator: str  # name of the GPU, or cpu and the model of the processor
+    processes: int
+    threads: int  # CPU threads of PyTorch in each process
+    packages: dict[str, str]  # name → version of all installed packages
+    git_revision: str | None = None  # commit of the working directory, -dirty with changes; None outside of git
+
+
+class RunReport(_Section):
+    """The report of one run."""
+
+    schema_version: Literal[1] = 1
+    status: Literal["complete", "failed"]
+    error: str | None = None
+    label: str  # name of the method in tables
+    benchmark: str  # runs of the same benchmark are comparable
+    kind: Literal["merged", "individual"] = "merged"  # one model, or the fine-tuned ones, each on its own task
+    method: dict[str, Any]  # its resolved configuration
+    models: list[str] = Field(default_factory=list)  # names of the fine-tuned models
+    modelpool: str  # name of its configuration
+    taskpool: str  # name of its configuration
+    seed: int | None = None
+    overrides: list[str] = Field(default_factory=list)  # of the command line
+    config: dict[str, Any] = Field(default_factory=dict)  # resolved configuration of the run
+    fingerprint: str  # hash of the configuration of the results: method, model pool, task pool, seed
+    tasks: dict[str, TaskResult] = Field(default_factory=dict)
+    average: float | None = None  # mean score of the tasks; None if a score is undefined
+    retention: float | None = None  # average in % of the individual models' average; None if that is unknown
+    objective: float | None = None  # what hyperparameter optimisation maximises, in %
+    parameters: int | None = None  # of the evaluated model; the sum over all models for individual ones
+    pretrained_parameters: int | None = None
+    bytes: int | None = None  # of the parameters in their stored dtypes
+    pretrained_bytes: int | None = None
+    construction: Stage | None = None
+    evaluation: Stage | None = None
+    samples_per_second: float | None = None  # in the evaluation, by all processes, data loading included
+    routing: Routing | None = None  # None for models without routers
+    environment: Environment
+    started: datetime  # UTC
+    finished: datetime  # UTC
+
+    @model_validator(mode="after")
+    def _check_error(self) -> RunReport:
+        if self.status == "failed" and not self.error:
+            raise ValueError("a failed run has an error")
+        return self
+
+    @property
+    def parameter_ratio(self) -> float | None:
+        """Number of parameters relative to the pretrained model; None if unknown."""
+        return _ratio(self.parameters, self.pretrained_parameters)
+
+    @property
+    def byte_ratio(self) -> float | None:
+        """Bytes of the parameters relative to the pretrained model; None if unknown."""
+        return _ratio(self.bytes, self.pretrained_bytes)
+
+    def write(self, folder: Path) -> Path:
+        """Write the report into a folder, created if missing, atomically; the file is returned.
+
+        An existing report of another configuration is renamed to ``smile_report-<fingerprint>.json``.
+
+        Raises:
+            OSError: If the folder is not writable.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / REPORT_FILE
+        with suppress(ReportError):
+            existing = RunReport.read(file).fingerprint
+            if existing != self.fingerprint:
+                os.replace(file, folder / f"{REPORT_FILE.removesuffix('.json')}-{existing}.json")
+        write_text_atomically(file, self.model_dump_json(indent=1))
+        return file
+
+    @classmethod
+    def read(cls, file: Path) -> RunReport:
+        """Read a report.
+
+        Raises:
+            ReportError: If the file is missing, is no JSON, has another schema version, or violates the schema.
+        """
+        try:
+            values = json.loads(file.read_bytes())
+        except FileNotFoundError:
+            raise ReportError("no report: the run was killed, or still goes on") from None
+        except (OSError, ValueError) as error:
+            raise ReportError(f"the report can't be read: {error}") from None
+        version = values.get("schema_version") if isinstance(values, dict) else None
+        if version != SCHEMA_VERSION:
+            raise ReportError(f"its schema version is {version}, supported is {SCHEMA_VERSION}: run it again")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            location = ".".join(str(part) for part in first["loc"]) or "the report"
+            raise ReportError(f"{location}: {first['msg']}") from None
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """Hash of a configuration: the first 12 hexadecimal digits of the SHA-256 of its JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def task_results(report: Mapping[str, Any]) -> dict[str, TaskResult]:
+    """The task results in the report of a task pool of the framework: task name → metrics, or a single number.
+
+    The score is the first metric of `PERCENT_SCALES` that the task has, or its first number.
+    """
+    results = {}
+    for name, value in report.items():
+        metrics = _numbers(value if isinstance(value, Mapping) else {"score": value})
+        if name in RESERVED_ENTRIES or not metrics:
+            continue
+        metric = next((key for key in PERCENT_SCALES if key in metrics), next(iter(metrics)))
+        value = metrics[metric]
+        score = None if value is None else value * PERCENT_SCALES.get(metric, 1.0)
+        samples = metrics.pop("samples", None)
+        results[name] = TaskResult(
+            metric=metric, score=score, samples=None if samples is None else int(samples), metrics=metrics
+        )
+    return results
+
+
+def average_of(tasks: Mapping[str, TaskResult]) -> float | None:
+    """Mean score of some tasks; None if one is undefined, or without tasks."""
+    scores = [task.score for task in tasks.values()]
+    defined = [score for score in scores if score is not None]
+    return sum(defined) / len(defined) if defined and len(defined) == len(scores) else None
+
+
+def retention_of(tasks: Mapping[str, TaskResult], individual: Mapping[str, TaskResult]) -> float | None:
+    """Retention: the mean score in percent of the individual models' mean score on the same tasks.
+
+    None if a score is undefined, or a task of the merged model is missing in `individual`.
+    """
+    if not set(tasks) <= set(individual):
+        return None
+    average, reference = average_of(tasks), average_of({name: individual[name] for name in tasks})
+    return None if average is None or not reference else 100 * average / reference
+
+
+def _ratio(size: int | None, pretrained: int | None) -> float | None:
+    return size / pretrained if size and pretrained else None
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float | None]:
+    """The numeric entries; None and NaN become None."""
+    numbers = {key: value for key, value in values.items() if value is None or isinstance(value, (int, float))}
+    return {key: None if value is None or value != value else float(value) for key, value in numbers.items()}

@@ -1,0 +1,61 @@
+"""The model card of a checkpoint."""
+
+from __future__ import annotations
+
+import re
+
+from conftest import clip_tower, experts_of, mlp
+from huggingface_hub import ModelCard
+
+from fusion_bench_smile import SmileConfig, metadata_of, save, upscale
+from fusion_bench_smile.io import Provenance, SmileMetadata
+from fusion_bench_smile.io.model_card import MARK, model_card
+
+
+def test_the_model_card_of_a_checkpoint(tmp_path):
+    base = clip_tower()
+    base.config._name_or_path = "openai/clip-vit-base-patch32"
+    model = upscale(base, dict(zip(("red", "green"), experts_of(base, 2), strict=True)), gate_k=2, k=4)
+    model.save_pretrained(tmp_path / "model")
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    provenance = metadata_of(model).provenance
+    assert card.data.base_model == "openai/clip-vit-base-patch32"
+    assert {"smile", "fusion-bench"} <= set(card.data.tags)
+    facts = (*provenance.sources.values(), f"{provenance.parameters[1]:,}", "import fusion_bench_smile")
+    assert all(fact in card.text for fact in facts)
+    assert re.search(r"\| gate_k +\| +2 \|", card.text)
+    again = upscale(base, {"red": experts_of(base, 1)[0]}, k=4)
+    again.save_pretrained(tmp_path / "model")
+    text = (tmp_path / "model" / "README.md").read_text()
+    assert "experts: 1;" in text
+    assert metadata_of(again).provenance.sources["red"] in text
+    (tmp_path / "model" / "README.md").write_text("my own words")
+    again.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "README.md").read_text() == "my own words"
+
+
+def test_a_base_model_that_is_on_no_hub_is_not_named(tmp_path):
+    base = clip_tower()
+    base.save_pretrained(tmp_path / "base")
+    experts_of(base, 1)[0].save_pretrained(tmp_path / "red")
+    model = upscale(type(base).from_pretrained(tmp_path / "base"), {"red": tmp_path / "red"}, k=4)
+    model.save_pretrained(tmp_path / "model")
+    assert ModelCard.load(tmp_path / "model" / "README.md").data.base_model is None
+    base = mlp()
+    save(upscale(base, experts_of(base, 2), gate_k=2, k=4), tmp_path / "plain")
+    assert "A SMILE model" in (tmp_path / "plain" / "README.md").read_text()
+
+
+def test_the_text_of_a_card():
+    provenance = Provenance({"a": [0.5, 1.0], "b": [0.25, 1.0]}, {"red": "abc"}, (1000, 1234), {"torch": "2.5"})
+    metadata = SmileMetadata(SmileConfig(gate_k=2, k=4), ("red", "green"), {}, provenance)
+    text = model_card(metadata, "org/base").content
+    assert "base_model: org/base" in text
+    assert MARK in text
+    assert "- parameters: 1,234, 1.234 times the pretrained model's 1,000" in text
+    assert "- experts: 2; upscaled layers: 2" in text
+    assert "- energy ‖ΔW‖² kept: at least 0.2500, median 0.7500" in text
+    assert "- versions: torch 2.5" in text
+    assert re.search(r"\| red +\| +`abc` \|", text)
+    assert re.search(r"\| green +\| +`unknown` \|", text)
+    assert "base_model" not in model_card(metadata, None).content

@@ -1,0 +1,113 @@
+"""Router scores against direct float64 algebra."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import clip_tower, experts_of
+from layers import RAGGED, UNIFORM, random_layer
+from torch import nn
+
+from fusion_bench_smile import upscale
+from fusion_bench_smile.nn import (
+    RIDGE,
+    RoutedLayer,
+    expert_norms,
+    project_on_router,
+    router_scores,
+    router_singular_values,
+    routing_features,
+    routing_weights,
+    select_experts,
+    token_energies,
+)
+
+SCORES = ("norm", "weighted", "relative", "dual", "output")
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("storage", ["same", "int8"])
+def test_scores_and_features_are_their_formulas(score: str, storage: str) -> None:
+    """The router rows of the experts overlap."""
+    tower = clip_tower()
+    model = upscale(tower, experts_of(tower), k=8, gate_k=4, routing_score=score, storage=storage)
+    layer = next(layer for layer in model.modules() if isinstance(layer, RoutedLayer))
+    x = torch.randn(2, 5, layer.weight.shape[1])
+    output = nn.functional.linear(x, layer.weight, layer.bias).double()
+    rows = [layer.rows("gate", expert).double() for expert in range(3)]
+    values = [layer.rows("up", e)[: len(rows[e])].double().norm(dim=1) for e in range(3)]
+    y, all_rows = x.double(), torch.cat(rows)
+    gram = all_rows @ all_rows.mT + RIDGE * torch.eye(len(all_rows), dtype=torch.double)
+    coefficients = torch.linalg.solve(gram, (y @ all_rows.mT).flatten(0, 1).mT).mT.view(2, 5, -1).split([4] * 3, -1)
+    energy = y.square().sum(-1)
+    formulas = {
+        "norm": [(y @ r.mT).norm(dim=-1) for r in rows],
+        "weighted": [((y @ r.mT) * s / s[0]).norm(dim=-1) for r, s in zip(rows, values, strict=True)],
+        "relative": [(y @ r.mT).square().sum(-1) / energy for r in rows],
+        "dual": [c.square().sum(-1) / energy for c in coefficients],
+        "output": [((y @ r.mT) * s).norm(dim=-1) / output.norm(dim=-1) for r, s in zip(rows, values, strict=True)],
+    }
+    expected = torch.stack(formulas[score], dim=-1).float()
+    torch.testing.assert_close(router_scores(layer, x, output.float()), expected, atol=1e-4, rtol=1e-3)
+    for kind in SCORES:  # another kind than the model's
+        result = router_scores(layer, x, output.float(), kind)
+        torch.testing.assert_close(result, torch.stack(formulas[kind], dim=-1).float(), atol=1e-4, rtol=1e-3)
+    features = routing_features(layer, x)
+    weighted = [((y @ r.mT) * s).square().sum(-1) / energy for r, s in zip(rows, values, strict=True)]
+    both = torch.stack([*formulas["dual"], *weighted], dim=-1).float()
+    torch.testing.assert_close(features, both, atol=1e-4, rtol=1e-3)
+
+
+def test_without_a_router_there_are_no_scores():
+    tower = clip_tower()
+    alone = upscale(tower, experts_of(tower, 1), k=4)
+    layer = next(layer for layer in alone.modules() if isinstance(layer, RoutedLayer))
+    x = torch.randn(3, layer.weight.shape[1])
+    assert project_on_router(layer, x) is None
+    assert router_scores(layer, x) is None
+    assert routing_features(layer, x) is None
+
+
+def test_an_expert_without_router_rows_scores_zero():
+    layer, x = random_layer(RAGGED, 6, 5), torch.randn(7, 6, dtype=torch.float64)
+    assert router_scores(layer, x)[:, 1].abs().max() == 0
+
+
+def test_singular_values_are_zero_for_rows_that_are_no_direction():
+    layer = random_layer(RAGGED, 6, 5)  # the third expert has three router rows and two directions
+    values = router_singular_values(layer)
+    assert values.shape == (5,)
+    torch.testing.assert_close(values[:2], layer.up[:2].float().norm(dim=1))
+    torch.testing.assert_close(values[2:4], layer.up[4:].float().norm(dim=1))
+    assert values[4] == 0
+
+
+@pytest.mark.parametrize("gate_ranks", [(2, 2), (1, 3), (0, 4)])
+def test_expert_norms(gate_ranks):
+    values = torch.randn(3, 4)
+    expected = torch.stack([block.norm(dim=-1) for block in values.split(gate_ranks, -1)], -1)
+    torch.testing.assert_close(expert_norms(values, gate_ranks), expected)
+
+
+def test_token_energies_are_positive():
+    layer, x = random_layer(UNIFORM, 6, 5), torch.randn(4, 6, dtype=torch.float64)
+    x[0] = 0
+    energies = token_energies(layer, x)
+    assert energies.shape == (4, 1)
+    torch.testing.assert_close(energies[1:, 0], x[1:].square().sum(-1))
+    assert energies[0] > 0
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_weights_are_the_papers(top_k):
+    """A softmax over all experts, the top k of them, and a renormalisation."""
+    scores = torch.randn(50, 3, dtype=torch.float64)
+    probabilities = scores.softmax(-1)
+    kept, expected_experts = probabilities.topk(top_k)
+    experts, weights = select_experts(scores, top_k)
+    assert torch.equal(experts, expected_experts)
+    torch.testing.assert_close(weights, kept / kept.sum(-1, keepdim=True))
+    all_weights = routing_weights(scores, top_k)
+    assert all_weights.shape == scores.shape
+    assert ((all_weights > 0).sum(-1) == top_k).all()
+    torch.testing.assert_close(all_weights.gather(-1, experts), weights)

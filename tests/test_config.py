@@ -1,0 +1,93 @@
+"""The options: types, ranges and combinations."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from fusion_bench_smile import ConfigError, SmileConfig
+from fusion_bench_smile.config import check_keys
+
+BAD_OPTIONS = [
+    ({"k": 0}, "k=0"),
+    ({"k": -2}, "k=-2"),
+    ({"gate_k": 0}, "gate_k=0"),
+    ({"top_k": 0}, "top_k=0"),
+    ({"k": 2.5}, "k=2.5 is not an integer"),
+    ({"top_k": True}, "top_k=True is not an integer"),
+    ({"gatek": 3}, "unknown option 'gatek' (did you mean 'gate_k'?)"),
+    ({"device": "gpu"}, "device='gpu' is not a device"),
+    ({"device": "cuda:77"}, "use device=auto"),
+    ({"average_experts": "yes"}, "average_experts='yes' is not true or false"),
+    ({"routing_scope": "tokens"}, "routing_scope='tokens' is not one of token, sequence, global, two_pass"),
+    ({"routing_score": "best"}, "routing_score='best'"),
+    ({"execution": "fast"}, "execution='fast' is not one of auto, grouped, masked, merged"),
+    ({"expert_parameters": "norms"}, "needs routing_scope=two_pass"),
+    ({"noise_baseline": True, "routing_scope": "global"}, "needs routing_scope=two_pass"),
+    ({"refuse_unknown": True}, "needs routing_scope=two_pass"),
+    ({"execution": "merged"}, "needs routing_scope=two_pass and top_k=1"),
+    ({"execution": "merged", "routing_scope": "two_pass", "top_k": 2}, "top_k=1"),
+    ({"noise_baseline": "yes"}, "not true or false"),
+    ({"expert_parameters": "norms", "average_experts": True, "routing_scope": "two_pass"}, "exclude each other"),
+    ({"param_ratio": 1.0}, "above 1"),
+    ({"param_ratio": float("nan")}, "above 1"),
+    ({"param_ratio": "1.5"}, "above 1"),
+    ({"param_ratio": 1.5, "k": -1}, "k=-1"),
+    ({"param_ratio": 1.5, "gate_k": 16, "k": 8}, "above k=8"),
+    ({"allocation": "best"}, "allocation='best'"),
+    ({"storage": "int4"}, "storage='int4'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[m for _, m in BAD_OPTIONS])
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ConfigError) as error:
+        SmileConfig.from_dict({"gate_k": 2, "k": 4, **options})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_json_values_and_back():
+    config = SmileConfig(k=-1, target_modules=["a.*"], exclude_modules="b")
+    assert SmileConfig.from_dict(config.to_dict()) == config
+    assert config.target_modules == ("a.*",)
+    assert config.exclude_modules == ("b",)
+    assert SmileConfig(exclude_modules=None).exclude_modules == ()
+    assert list(config.to_dict()) == [field.name for field in dataclasses.fields(SmileConfig)]
+
+
+def test_the_defaults_are_the_frameworks():
+    config = SmileConfig()
+    assert (config.gate_k, config.k, config.top_k) == (16, 32, 1)
+    assert (config.routing_use_diff, config.average_experts, config.full_matrices) == (True, False, False)
+    assert (config.routing_scope, config.routing_score, config.execution) == ("token", "norm", "auto")
+
+
+def test_the_second_name_of_the_device_takes_precedence():
+    assert SmileConfig(device="cuda:99", upscaling_accelerator="cpu").compute_device == torch.device("cpu")
+    assert SmileConfig(device="cpu").compute_device == torch.device("cpu")
+
+
+def test_a_checkpoint_does_not_bind_to_the_device_that_wrote_it():
+    options = {"k": 4, "gate_k": 2, "device": "cuda:99", "upscaling_accelerator": "cuda:99"}
+    config = SmileConfig.from_checkpoint(options)
+    assert (config.k, config.device, config.upscaling_accelerator) == (4, "auto", None)
+
+
+def test_either_a_config_or_keywords():
+    config = SmileConfig(k=4)
+    assert SmileConfig.resolve(config, {}) is config
+    assert SmileConfig.resolve(None, {"k": 4}) == config
+    assert SmileConfig.resolve(None, {}) == SmileConfig()
+    with pytest.raises(ConfigError, match=r"either config or keywords, not both \(got k, top_k\)"):
+        SmileConfig.resolve(config, {"k": 4, "top_k": 1})
+
+
+def test_unknown_keys_are_named_with_the_nearest_valid_one():
+    check_keys({"one": 1}, ["one", "two"])
+    with pytest.raises(
+        ConfigError, match=r"unknown option 'tow' \(did you mean 'two'\?\), 'x'; valid options: one, two"
+    ):
+        check_keys({"one": 1, "tow": 2, "x": 3}, ["one", "two"])

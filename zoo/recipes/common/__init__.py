@@ -1,0 +1,1 @@
+"""Helpers of all recipes: command line, package downloads, adapters."""
