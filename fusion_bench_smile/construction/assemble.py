@@ -35,9 +35,9 @@ def replace_layers(
     for planned in plan.layers:
         plain = model.get_submodule(planned.name)
         factors = factorized.gather_layer(planned.name, plan.num_experts, partition)
-        digests.append(factors.source_digests)
+        digests.append([expert.source_digest for expert in factors.experts])
         if not factors.is_unchanged:
-            energy[planned.name] = factors.energies
+            energy[planned.name] = [expert.energy for expert in factors.experts]
             tensors = store_tensors(factors.tensors(cast(Tensor, plain.weight).device), config.storage)
             replacements[plain] = build_layer(plain, factors.layout(config.routing_use_diff), config, tensors)
     for name, module in list(model.named_modules(remove_duplicate=False)):  # a module may have several names

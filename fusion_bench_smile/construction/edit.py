@@ -117,7 +117,7 @@ def _check_editable(metadata: SmileMetadata) -> None:
 
 def _with_router(single: LayerFactors, config: SmileConfig, layer: str) -> LayerFactors:
     """The factors of a single expert, with the router rows that it has beside others."""
-    (rank,) = single.ranks
+    rank = single.experts[0].rank
     is_complete = 0 <= rank < config.k  # the delta has no more directions
     if not config.routing_use_diff or rank == DENSE or (rank < config.gate_k and not is_complete):
         raise PlanError(

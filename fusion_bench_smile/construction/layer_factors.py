@@ -32,12 +32,13 @@ class LayerFactors:
     """What all experts add to one layer, expert after expert, as the routed layer stores it.
 
     Factors are copied to their place as soon as they are computed: joining them at the end would hold them twice.
-    Memory is allocated with the first expert, for the expected number of experts.
+    Memory is allocated with the first expert, for the expected number of experts. `experts` holds the factors of each
+    without the rows.
     """
 
     def __init__(self, num_experts: int, experts: Iterable[ExpertFactors] = ()) -> None:
         self._num_experts = num_experts
-        self._experts: list[ExpertFactors] = []  # without the rows, which are in the buffers
+        self.experts: list[ExpertFactors] = []
         self._buffers: dict[str, Tensor] = {}
         self._lengths = dict.fromkeys(ROW_TENSORS, 0)
         for expert in experts:
@@ -51,7 +52,7 @@ class LayerFactors:
         biases = [None] * num_experts if layer.expert_bias is None else list(layer.expert_bias)
         biases = [None if bias is None or not bool(bias.any()) else bias for bias in biases]
         each_expert = zip(layout.ranks, layout.gate_ranks, biases, energies or [1.0] * num_experts, strict=True)
-        factors._experts = [ExpertFactors(k, gate_k, bias=bias, energy=e) for k, gate_k, bias, e in each_expert]
+        factors.experts = [ExpertFactors(k, gate_k, bias=bias, energy=e) for k, gate_k, bias, e in each_expert]
         for name in ROW_TENSORS:
             rows = layer.rows(name)
             if rows is not None:
@@ -59,38 +60,13 @@ class LayerFactors:
         return factors
 
     @property
-    def ranks(self) -> list[int]:
-        """The rank of each expert."""
-        return [expert.rank for expert in self._experts]
-
-    @property
-    def gate_ranks(self) -> list[int]:
-        """The number of router rows of each expert."""
-        return [expert.gate_rank for expert in self._experts]
-
-    @property
-    def biases(self) -> list[Tensor | None]:
-        """The bias delta of each expert, (out,), or None."""
-        return [expert.bias for expert in self._experts]
-
-    @property
-    def energies(self) -> list[float]:
-        """The share of ‖ΔW‖² that the rank of each expert keeps."""
-        return [expert.energy for expert in self._experts]
-
-    @property
-    def source_digests(self) -> list[str]:
-        """The digest of each expert's source."""
-        return [expert.source_digest for expert in self._experts]
-
-    @property
     def is_unchanged(self) -> bool:
         """No expert changed the layer."""
-        return not any(self.ranks) and all(bias is None for bias in self.biases)
+        return all(expert.rank == 0 and expert.bias is None for expert in self.experts)
 
     def append(self, expert: ExpertFactors) -> None:
         """Copy the factors of the next expert."""
-        self._experts.append(replace(expert, gate=None, down=None, up=None, dense=None))
+        self.experts.append(replace(expert, gate=None, down=None, up=None, dense=None))
         for name in ROW_TENSORS:
             rows = getattr(expert, name)
             if rows is not None:
@@ -98,7 +74,7 @@ class LayerFactors:
 
     def extend(self, other: LayerFactors) -> None:
         """Copy the factors of the next experts, which may be on another device."""
-        self._experts += other._experts
+        self.experts += other.experts
         for name in other._buffers:
             self._append_rows(name, other.rows(name))
 
@@ -125,23 +101,24 @@ class LayerFactors:
 
     def layout(self, shared_router: bool) -> ExpertLayout:
         """The layout of the routed layer."""
-        has_bias = any(bias is not None for bias in self.biases)
-        return ExpertLayout(tuple(self.ranks), tuple(self.gate_ranks), shared_router, has_bias)
+        ranks, gate_ranks = ([getattr(e, name) for e in self.experts] for name in ("rank", "gate_rank"))
+        has_bias = any(expert.bias is not None for expert in self.experts)
+        return ExpertLayout(tuple(ranks), tuple(gate_ranks), shared_router, has_bias)
 
     def squared_singular_values(self) -> tuple[tuple[float, ...], ...]:
         """For each expert those of its directions, in descending order."""
         if "up" not in self._buffers:
-            return ((),) * len(self._experts)
+            return ((),) * len(self.experts)
         squares = self.rows("up").double().square().sum(dim=1).cpu()
-        return tuple(tuple(values.tolist()) for values in squares.split([max(rank, 0) for rank in self.ranks]))
+        return tuple(tuple(values.tolist()) for values in squares.split([max(e.rank, 0) for e in self.experts]))
 
     def truncate(self, ranks: Sequence[int], shared_router: bool) -> LayerFactors:
         """A copy with smaller ranks: for each expert at least the number of its router rows that are directions."""
         layout = self.layout(shared_router)
         smaller = self._select_rows(range(len(ranks)), layout, replace(layout, ranks=tuple(ranks)).rows)
-        smaller._experts = [
+        smaller.experts = [
             replace(expert, rank=rank, energy=expert.energy * _prefix_share(squares, rank))
-            for expert, squares, rank in zip(self._experts, self.squared_singular_values(), ranks, strict=True)
+            for expert, squares, rank in zip(self.experts, self.squared_singular_values(), ranks, strict=True)
         ]
         return smaller
 
@@ -155,7 +132,7 @@ class LayerFactors:
     ) -> LayerFactors:
         """A copy with the first kept[name][i] rows of each expert i in `experts`."""
         selected = LayerFactors(len(experts))
-        selected._experts = [self._experts[i] for i in experts]
+        selected.experts = [self.experts[i] for i in experts]
         for name, buffer in self._buffers.items():
             sizes = layout.rows[name]
             indices = [j for i in experts for j in range(sum(sizes[:i]), sum(sizes[:i]) + kept[name][i])]
@@ -179,7 +156,7 @@ class LayerFactors:
         return LayerFactors(1, [replace(expert, gate_rank=gate_rank, gate=gate, down=down)])
 
     def _single_expert(self) -> ExpertFactors:
-        (expert,) = self._experts
+        (expert,) = self.experts
         tensors: dict[str, Any] = {name: self.rows(name) for name in self._buffers}
         if "dense" in tensors:
             tensors["dense"] = tensors["dense"][0]
@@ -188,15 +165,15 @@ class LayerFactors:
     @property
     def num_bias_parameters(self) -> int:
         """The size of `expert_bias`: a row for each expert, if any expert changed the bias."""
-        bias = next((bias for bias in self.biases if bias is not None), None)
-        return 0 if bias is None else bias.numel() * len(self.biases)
+        bias = next((expert.bias for expert in self.experts if expert.bias is not None), None)
+        return 0 if bias is None else bias.numel() * len(self.experts)
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """The experts' tensors of the routed layer, those that are not empty."""
         tensors = {name: self.rows(name) for name in self._buffers}
-        bias = next((bias for bias in self.biases if bias is not None), None)
+        bias = next((expert.bias for expert in self.experts if expert.bias is not None), None)
         if bias is not None:
-            rows = [torch.zeros_like(bias) if row is None else row for row in self.biases]
+            rows = [torch.zeros_like(bias) if expert.bias is None else expert.bias for expert in self.experts]
             tensors["expert_bias"] = torch.stack([row.to(device) for row in rows])
         return {name: tensor.to(device) for name, tensor in tensors.items()}
 

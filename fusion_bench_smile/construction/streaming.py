@@ -138,11 +138,12 @@ class _Stream:
     def _expert_tensors(self, layer: LayerPlan, pretrained: Source) -> Iterator[tuple[str, Tensor]]:
         items = [(layer, source, f"expert {name!r}") for name, source in self.experts.items()]
         factors = LayerFactors(len(items), self.factorizer.factorize(pretrained, items))
-        self.digests.append(factors.source_digests)
+        self.digests.append([expert.source_digest for expert in factors.experts])
         if factors.is_unchanged:
             return
         config = self.factorizer.config
-        self.layouts[layer.name], self.energy[layer.name] = factors.layout(config.routing_use_diff), factors.energies
+        self.layouts[layer.name] = factors.layout(config.routing_use_diff)
+        self.energy[layer.name] = [expert.energy for expert in factors.experts]
         device = pretrained.read(f"{layer.name}.weight").device
         for name, tensor in store_tensors(factors.tensors(device), config.storage).items():
             self.added_parameters += tensor.numel()

@@ -119,8 +119,8 @@ def fit_ranks(
         spectra.append(
             LayerSpectra(
                 layer.name, layer.in_features, layer.out_features, factors.squared_singular_values(),
-                tuple(factors.gate_ranks), config.routing_use_diff, float(weight.double().square().sum()),
-                factors.num_bias_parameters, scales_per_row=int(config.storage == "int8"),
+                tuple(expert.gate_rank for expert in factors.experts), config.routing_use_diff,
+                float(weight.double().square().sum()), factors.num_bias_parameters, int(config.storage == "int8"),
             )
         )  # fmt: skip
     ranks = allocate_ranks(spectra, plan.parameters, config, reserved)

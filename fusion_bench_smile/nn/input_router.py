@@ -23,8 +23,8 @@ from ..config import RoutingScope, SmileConfig
 from .execution import InputGroups
 from .prototypes import Prototypes
 from .routed import RoutedLayer
-from .routing_state import RoutingState, log_energy_share, repeat_for_rows
-from .scoring import ENERGY_SCORES, router_scores, routing_features, routing_weights
+from .routing_policy import choose_for_all_layers, choose_in_layer, group_by_expert, observe_layer
+from .routing_state import RoutingState, repeat_for_rows
 
 ROUTER_NAME = "smile_router"  # the router's name as a submodule of the model
 # The first pass neither reads nor writes a cache, and computes one logit. transformers 4.48 has the last name.
@@ -80,7 +80,7 @@ class InputRouter(nn.Module):
         """The identity: a `torch.nn.Sequential` calls all its submodules, and the router may be one of them."""
         return x
 
-    # -- the questions of the layers; see `routed.InputRouting`
+    # -- the questions of the layers
 
     def weights(self, layer: RoutedLayer, x: Tensor, output: Tensor) -> Tensor | None:
         """The weight of each expert for each input of x: (rows, T). None in the first pass.
@@ -94,10 +94,11 @@ class InputRouter(nn.Module):
                 "see whole inputs was called: call the model itself"
             )
         if self.state.in_first_pass:
-            self._observe_layer(layer, x, output)
+            observe_layer(self.state, self.smile_config, layer, x, output)
             return None
         if self.scope != "two_pass" and self.forced is None:
-            return repeat_for_rows(self._choose_in_layer(layer, x, output), len(x))
+            weights = choose_in_layer(self.state, self.smile_config, len(self.experts), layer, x, output)
+            return repeat_for_rows(weights, len(x))
         return self.weights_before_layer(layer, x)
 
     def weights_before_layer(self, layer: RoutedLayer, x: Tensor) -> Tensor | None:
@@ -122,57 +123,6 @@ class InputRouter(nn.Module):
             self.state.groups = group_by_expert(weights)
         return self.state.groups
 
-    # -- the policy
-
-    def _choose_in_layer(self, layer: RoutedLayer, x: Tensor, output: Tensor) -> Tensor:
-        """The weights of ``sequence`` and ``global`` in one layer, (B, T), kept until the next inputs."""
-        state = self.state
-        if layer in state.layer_weights:
-            return state.layer_weights[layer]
-        token_scores = router_scores(layer, x, output)
-        if token_scores is not None:
-            scores = self._input_scores(layer, token_scores)
-            if self.scope == "global":
-                scores = state.add_scores(scores, layer.smile_config.routing_score in ENERGY_SCORES)
-            layer.call_routing_hooks(x, scores)
-        elif self.scope == "global" and state.scores is not None:
-            scores = state.scores  # a layer without a router follows the layers before it
-        else:
-            scores = x.new_zeros(state.num_inputs, len(self.experts))
-        state.scores = scores
-        state.layer_weights[layer] = routing_weights(scores, self.smile_config.top_k)
-        return state.layer_weights[layer]
-
-    def _observe_layer(self, layer: RoutedLayer, x: Tensor, output: Tensor) -> None:
-        """Score a layer in the first pass, or collect its features."""
-        state = self.state
-        token_values = routing_features(layer, x) if state.collects_features else router_scores(layer, x, output)
-        if token_values is None:
-            return
-        if state.collects_features:
-            state.features.append(log_energy_share(state.mean_over_tokens(token_values)).float())
-        else:
-            is_energy_score = layer.smile_config.routing_score in ENERGY_SCORES
-            state.scores = state.add_scores(self._input_scores(layer, token_values), is_energy_score)
-
-    def _input_scores(self, layer: RoutedLayer, token_scores: Tensor) -> Tensor:
-        """The scores of inputs from those of their tokens: (B, T)."""
-        scores = self.state.mean_over_tokens(token_scores)
-        return log_energy_share(scores) if layer.smile_config.routing_score in ENERGY_SCORES else scores
-
-    def _choose_for_all_layers(self) -> None:
-        state = self.state
-        prototypes = self.prototypes if state.features else None
-        if prototypes is not None:
-            state.scores = prototypes.scores(self.features)
-        elif state.scores is None:  # no layer has a router
-            state.scores = torch.zeros(state.num_inputs, len(self.experts))
-        elif self.baseline is not None:
-            state.scores = (state.scores - self.baseline[0]) / self.baseline[1]
-        state.choice = routing_weights(state.scores, self.smile_config.top_k)
-        if self.smile_config.refuse_unknown and prototypes is not None:
-            state.choice = state.choice * prototypes.known(self.features)[:, None]
-
     # -- the calls of the model; `attachment.attach_router` registers the first two as hooks
 
     def begin_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -183,30 +133,18 @@ class InputRouter(nn.Module):
         call = inspect.signature(module.forward).bind_partial(*args, **kwargs)
         arguments = {**call.arguments, **call.arguments.get("kwargs", {})}
         if not (self.state.num_inputs and _continues(arguments.get("past_key_values"))):
-            self._begin_inputs(module, call, arguments)
+            self.state = RoutingState.of_call(arguments, collects_features=self.prototypes is not None)
+            if self.forced is not None:
+                self.state.scores = self.state.choice = self.forced.expand(self.state.num_inputs, -1)
+            elif self.smile_config.refuse_unknown and self.prototypes is None:
+                raise RuntimeError("refuse_unknown=true needs calibrated prototypes: calibrate the model first")
+            elif self.scope == "two_pass":
+                self._run_first_pass(module, call)
         self.state.depth = 1
 
     def end_call(self, *_: Any) -> None:
         """End the call of an entry point."""
         self.state.depth = max(0, self.state.depth - 1)
-
-    def _begin_inputs(self, module: nn.Module, call: inspect.BoundArguments, arguments: Mapping[str, Any]) -> None:
-        self.state = self._new_state(arguments, collects_features=self.prototypes is not None)
-        if self.forced is not None:
-            self.state.scores = self.state.choice = self.forced.expand(self.state.num_inputs, -1)
-        elif self.smile_config.refuse_unknown and self.prototypes is None:
-            raise RuntimeError("refuse_unknown=true needs calibrated prototypes: calibrate the model first")
-        elif self.scope == "two_pass":
-            self._run_first_pass(module, call)
-
-    @staticmethod
-    def _new_state(arguments: Mapping[str, Any], collects_features: bool) -> RoutingState:
-        mask = arguments.get("attention_mask")
-        return RoutingState(
-            num_inputs=next(len(v) for v in arguments.values() if isinstance(v, Tensor) and v.ndim),
-            mask=mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None,
-            collects_features=collects_features,
-        )
 
     @torch.no_grad()
     def _run_first_pass(self, module: nn.Module, call: inspect.BoundArguments) -> None:
@@ -219,33 +157,21 @@ class InputRouter(nn.Module):
             self.state = RoutingState()
             raise
         self.state.in_first_pass = False
-        self._choose_for_all_layers()
+        choose_for_all_layers(self.state, self.smile_config, len(self.experts), self.prototypes, self.baseline)
 
     def scores_of(self, module: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
         """The ``two_pass`` scores of the inputs in the keyword arguments of an entry point: (B, T)."""
-        self._observe_inputs(module, arguments, collects_features=False)
-        return cast(Tensor, self.scores)
+        return cast(Tensor, self._observe_inputs(module, arguments, collects_features=False).scores)
 
     def features_of(self, module: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
         """The features of the same, which prototypes are fitted to: (B, 2·T·layers), logarithms of energy shares."""
-        self._observe_inputs(module, arguments, collects_features=True)
-        return self.features
+        return self._observe_inputs(module, arguments, collects_features=True).input_features
 
-    def _observe_inputs(self, module: nn.Module, arguments: Mapping[str, Any], collects_features: bool) -> None:
-        self.state = self._new_state(arguments, collects_features)
+    def _observe_inputs(self, module: nn.Module, arguments: Mapping[str, Any], collects_features: bool) -> RoutingState:
+        self.state = RoutingState.of_call(arguments, collects_features)
         self._run_first_pass(module, inspect.signature(module.forward).bind_partial(**arguments))
         self.state.depth = 0
-
-    @property
-    def features(self) -> Tensor:
-        """The features of the last inputs: (B, 2·T·layers)."""
-        return torch.cat(self.state.features, dim=-1)
-
-
-def group_by_expert(weights: Tensor) -> InputGroups:
-    """Group inputs by the experts that have a weight above zero for them, from weights (B, T)."""
-    members = [(expert, weights[:, expert].nonzero()[:, 0]) for expert in range(weights.shape[1])]
-    return InputGroups(len(weights), [(expert, inputs) for expert, inputs in members if len(inputs)])
+        return self.state
 
 
 def _continues(cache: Any) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,19 @@ class RoutingState:
     features: list[Tensor] = field(default_factory=list)  # (B, 2·T) for each layer so far
     layer_weights: dict[RoutedLayer, Tensor] = field(default_factory=dict)  # (B, T), of scopes that choose by layer
     groups: InputGroups | None = None  # the inputs by expert, for a choice that holds in all layers
+
+    @classmethod
+    def of_call(cls, arguments: Mapping[str, Any], collects_features: bool) -> RoutingState:
+        """The state at the begin of a call with these keyword arguments."""
+        num_inputs = next(len(value) for value in arguments.values() if isinstance(value, Tensor) and value.ndim)
+        mask = arguments.get("attention_mask")
+        mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        return cls(num_inputs=num_inputs, mask=mask, collects_features=collects_features)
+
+    @property
+    def input_features(self) -> Tensor:
+        """The features of the inputs, of all layers so far: (B, 2·T·layers)."""
+        return torch.cat(self.features, dim=-1)
 
     def add_scores(self, scores: Tensor, is_energy_score: bool) -> Tensor:
         """Add the scores (B, T) of a layer, and return those of all layers so far, (B, T).

@@ -108,11 +108,11 @@ def test_from_a_layer_and_back(layout, storage):
     layer = random_layer(layout, IN, OUT, storage=storage)
     factors = LayerFactors.from_layer(layer, [0.5] * layout.num_experts)
     assert factors.layout(layout.shared_router) == layout
-    assert factors.energies == [0.5] * layout.num_experts
+    assert [expert.energy for expert in factors.experts] == [0.5] * layout.num_experts
     for name, tensor in factors.tensors(CPU).items():
         expected = layer.expert_bias if name == "expert_bias" else layer.rows(name)
         assert torch.equal(tensor, expected)
-    assert LayerFactors.from_layer(layer).energies == [1.0] * layout.num_experts
+    assert [expert.energy for expert in LayerFactors.from_layer(layer).experts] == [1.0] * layout.num_experts
 
 
 def test_a_truncation_keeps_the_leading_rows_and_their_share_of_the_energy():
@@ -125,7 +125,7 @@ def test_a_truncation_keeps_the_leading_rows_and_their_share_of_the_energy():
         start = 4 * expert
         squares = before["up"][start : start + 4].square().sum(1)
         share = (squares[:rank].sum() / squares.sum()).item()
-        assert smaller.energies[expert] == pytest.approx(factors.energies[expert] * share)
+        assert smaller.experts[expert].energy == pytest.approx(factors.experts[expert].energy * share)
         assert smaller.squared_singular_values()[expert] == pytest.approx(squares[:rank].tolist())
     assert torch.equal(smaller.rows("gate"), before["gate"])
     assert torch.equal(smaller.rows("up"), torch.cat([before["up"][i : i + r] for i, r in ((0, 2), (4, 4), (8, 3))]))
@@ -137,7 +137,7 @@ def test_a_selection_has_the_rows_of_its_experts():
     layer = random_layer(RAGGED, IN, OUT)
     selected = LayerFactors.from_layer(layer, [0.1, 0.2, 0.3]).select([2, 1], shared_router=True)
     assert selected.layout(True) == ExpertLayout(ranks=(2, 0), gate_ranks=(3, 0))
-    assert selected.energies == [0.3, 0.2]
+    assert [expert.energy for expert in selected.experts] == [0.3, 0.2]
     assert torch.equal(selected.rows("gate"), layer.gate[2:])
     assert torch.equal(selected.rows("up"), layer.up[4:])
 
