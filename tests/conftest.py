@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import; without it, tests of missing models retry for a minute
 
 import pytest
 import torch

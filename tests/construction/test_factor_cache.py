@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -134,10 +133,10 @@ def test_the_cache_deletes_the_least_recently_used_entries_above_its_bound(tmp_p
     assert "key1" not in names
 
 
-def run(code: str, *arguments: str, **kwargs) -> subprocess.Popen:
+def run(code: str, *arguments: str) -> subprocess.Popen:
     script = "import sys; sys.path[:0] = sys.argv[1:3]\n" + textwrap.dedent(code)
     command = [sys.executable, "-c", script, str(Path(__file__).parent), str(TESTS), *arguments]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 SLOW = """
@@ -170,16 +169,15 @@ def test_a_killed_run_continues_where_it_stopped(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_is_no_error(tmp_path):
-    def limit() -> None:  # no file may grow beyond 2 kB: writes fail as on a full disk
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-
     code = """
-    import logging; logging.basicConfig()
+    import logging, resource, signal; logging.basicConfig()
     from test_factor_cache import upscaled, FactorCache
+    # after the imports, which may write files: no file may grow beyond 2 kB, so that writes fail as on a full disk
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
     upscaled(FactorCache(sys.argv[3]), k=4, gate_k=2)
     """
-    process = run(code, str(tmp_path / "cache"), preexec_fn=limit)
+    process = run(code, str(tmp_path / "cache"))
     errors = process.communicate()[1]
     assert process.returncode == 0, errors
     assert "continuing without it" in errors

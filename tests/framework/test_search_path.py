@@ -27,10 +27,7 @@ def search_path(*arguments: str) -> ConfigSearchPathImpl:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["fusion_bench", *arguments])
         for plugin in Plugins.instance().discover(SearchPathPlugin):
-            if plugin.__module__ in (
-                "hydra_plugins.fusion_bench_smile_searchpath",
-                "hydra_plugins.smile_zoo_searchpath",
-            ):
+            if plugin.__module__ in PLUGINS:
                 plugin().manipulate_search_path(path)
     return path
 
