@@ -16,6 +16,7 @@ from ..exceptions import CheckpointError
 from ..nn.attachment import router_of
 from ..nn.expert_parameters import modules_with_expert_parameters
 from ..nn.layout import ExpertLayout
+from ..nn.prototypes import Prototypes
 from ..nn.routed import count_parameters, routed_layers
 
 FORMAT_VERSION = 3
@@ -83,13 +84,14 @@ class SmileMetadata:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values in checkpoint format 3."""
+        calibrated = Prototypes.size(len(self.experts), *self.prototypes) if self.prototypes else 0
         router = {"baseline": self.has_baseline, "prototypes": list(self.prototypes) if self.prototypes else None}
         return {
             "layers": {name: self._layer_dict(layout) for name, layout in self.layouts.items()},
             "experts": list(self.experts), "options": json.loads(json.dumps(self.config.to_dict())),
             "recipe": {
                 "energy": self.provenance.energy, "sources": self.provenance.sources,
-                "parameters": list(self.provenance.parameters), "calibrated": self._prototype_parameters(),
+                "parameters": list(self.provenance.parameters), "calibrated": calibrated,
                 "versions": self.provenance.versions,
             },
             "router": {} if self.config.routing_scope == "token" else router,
@@ -102,12 +104,6 @@ class SmileMetadata:
             "shared_router": layout.shared_router, "expert_bias": layout.expert_bias,
             "execution": self.config.execution, "score": self.config.routing_score, "storage": self.config.storage,
         }  # fmt: skip
-
-    def _prototype_parameters(self) -> int:
-        if self.prototypes is None:
-            return 0
-        features, directions = self.prototypes
-        return len(self.experts) * features + features + (features + 1) * directions + 5
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "this checkpoint") -> SmileMetadata:

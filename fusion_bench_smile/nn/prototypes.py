@@ -55,7 +55,11 @@ class Prototypes(nn.Module):
     def num_parameters(tasks: int, layers: int, inputs: int) -> int:
         """The number of parameters of prototypes that are fitted to `inputs` inputs of each task."""
         features = 2 * tasks * layers
-        directions = _num_directions(tasks, features, inputs * tasks)
+        return Prototypes.size(tasks, features, _num_directions(tasks, features, inputs * tasks))
+
+    @staticmethod
+    def size(tasks: int, features: int, directions: int) -> int:
+        """The number of parameters of prototypes with these sizes: those of the seven tensors."""
         return tasks * features + features + (features + 1) * directions + 5
 
     @classmethod

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import SmileConfig
 from .execution import routed_output
-from .layout import ExpertLayout
+from .layout import ExpertLayout, is_uniform
 from .quantization import ROW_TENSORS
 from .scoring import select_experts
 
@@ -187,7 +187,7 @@ class RoutedLayer(nn.Module):
 
 
 def _short(ranks: tuple[int, ...]) -> str:
-    return str(ranks[0]) if len(set(ranks)) == 1 else str(list(ranks))
+    return str(ranks[0]) if is_uniform(ranks) else str(list(ranks))
 
 
 def count_parameters(model: nn.Module) -> int:
