@@ -1,7 +1,5 @@
 """The exceptions of this package. Every message names the cause and says what to do."""
 
-from __future__ import annotations
-
 
 class SmileError(ValueError):
     """Base class of the exceptions of this package."""

@@ -3,8 +3,6 @@
 An upscaled model errs by truncation and routing; with oracle routing (always the task's expert) by truncation only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """Captured model calls and layer outputs: the inputs of a study come from the evaluation of a task pool."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass

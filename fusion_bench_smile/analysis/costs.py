@@ -1,7 +1,5 @@
 """Measured costs of upscaling: construction, parameters and forward pass over the number of experts and the ranks."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Task vectors of all experts, layer by layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast

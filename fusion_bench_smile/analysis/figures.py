@@ -1,7 +1,5 @@
 """Figures of the studies, from the tables that the functions of the same names in `analysis` return."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Router accuracy: which experts the routers choose for inputs of a known task (arXiv 2408.10174, section 4)."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import combinations

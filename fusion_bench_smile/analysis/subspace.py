@@ -1,7 +1,5 @@
 """Subspace analysis: task vectors in the singular subspaces of W₀ (arXiv 2408.10174, section 3)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Literal, cast

@@ -1,7 +1,5 @@
 """Explained variance of truncated task vectors, and recommended ranks (arXiv 2408.10174, section 3)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

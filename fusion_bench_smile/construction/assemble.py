@@ -1,7 +1,5 @@
 """Assembly: from the factors of all experts to a model with routed layers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import cast
 

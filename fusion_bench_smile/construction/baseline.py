@@ -1,7 +1,5 @@
 """The noise baseline: the experts' scores of random inputs, which needs no data."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

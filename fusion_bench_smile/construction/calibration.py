@@ -1,7 +1,5 @@
 """Calibration of the routing with a few unlabelled inputs of each expert's task. The result is not zero-shot."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

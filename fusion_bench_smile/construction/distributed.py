@@ -1,7 +1,5 @@
 """Distributed construction: each process factors its part of the (expert, layer) pairs, then all exchange them."""
 
-from __future__ import annotations
-
 import atexit
 from collections.abc import Sequence
 from functools import cache

@@ -1,7 +1,5 @@
 """Editing: add an expert to an upscaled model or remove one, as if it had been built so from the start."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The factor cache: factors on disk, keyed by the content of the weights. Sweeps and restarts factor nothing twice."""
 
-from __future__ import annotations
-
 import logging
 import os
 import threading

@@ -1,7 +1,5 @@
 """Factorization: from the tensors of the experts to their factors, by the shortest path."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future

@@ -1,7 +1,5 @@
 """Independent work items on the CPU: several at a time, each with its part of the threads."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The plan: which layers are upscaled, to which ranks. Whatever can fail is checked before the first factorization."""
 
-from __future__ import annotations
-
 import difflib
 import logging
 import math

@@ -1,7 +1,5 @@
 """Allocation of ranks within a budget of parameters: after the router rows, direction by direction."""
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass

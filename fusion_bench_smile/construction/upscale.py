@@ -1,7 +1,5 @@
 """Upscaling: from a pretrained model and its experts to one routed model."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Mapping, Sequence

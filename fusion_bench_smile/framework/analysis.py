@@ -1,7 +1,5 @@
 """The studies as methods of the framework: ``fusion_bench method=smile_analysis/<name> modelpool=… taskpool=…``."""
 
-from __future__ import annotations
-
 import logging
 import math
 from abc import abstractmethod

@@ -1,7 +1,5 @@
 """Unlabelled calibration inputs from the training sets of a model pool."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any

@@ -1,7 +1,5 @@
 """Errors of this package at the framework's command line: one line instead of two tracebacks."""
 
-from __future__ import annotations
-
 import logging
 
 from hydra.core.hydra_config import HydraConfig

@@ -1,7 +1,5 @@
 """The individual fine-tuned models, each evaluated on its own task: the reference for retention."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from fusion_bench.method.base_algorithm import BaseAlgorithm

@@ -1,7 +1,5 @@
 """Jobs of a sweep: reports of earlier runs, and subprocesses for jobs with several processes."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """SMILE upscaling as a method of the framework: an adapter from a model pool to `upscale`."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Entries of a model pool as the laziest source for `upscale`: weight files, a LoRA adapter, or the loaded model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path

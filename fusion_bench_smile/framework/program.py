@@ -1,7 +1,5 @@
 """The framework's fusion program with a `RunReport` for every run, in sweeps that can be resumed."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """``smile-sweep``: the framework's command line with a return value for the optimisers among Hydra's sweepers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import hydra

@@ -1,7 +1,5 @@
 """Boards: one table for each benchmark, with one row for each run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch

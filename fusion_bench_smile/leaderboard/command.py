@@ -5,8 +5,6 @@ smile-leaderboard outputs --output leaderboard             # also write Markdown
 smile-leaderboard outputs --where "parameters < 1.5" --sort retention --format markdown
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Iterable, Sequence

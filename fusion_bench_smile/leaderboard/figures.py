@@ -1,7 +1,5 @@
 """Boards as figures: scores against parameters, heat maps over ranks, and the scores of single tasks."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from itertools import cycle

@@ -1,7 +1,5 @@
 """Discovery of run reports in folders, with a reason for each run that is skipped."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Boards as one self-contained web page with sortable, filterable tables and interactive charts."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from datetime import datetime, timezone

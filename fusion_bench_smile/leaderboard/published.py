@@ -1,7 +1,5 @@
 """Published results, shown as reference rows beside the measured ones."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from fnmatch import fnmatch
 from functools import cache

@@ -1,7 +1,5 @@
 """Boards as tables: for the terminal, Markdown, CSV and LaTeX."""
 
-from __future__ import annotations
-
 import pandas as pd
 from rich.table import Table
 from rich.text import Text

@@ -1,7 +1,5 @@
 """Attachment of a router for whole inputs to a model, by hooks at the modules through which inputs enter."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from .input_router import ROUTER_NAME, InputRouter

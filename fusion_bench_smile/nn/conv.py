@@ -1,7 +1,5 @@
 """Routed convolutions."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from .execution import routed_output

@@ -5,8 +5,6 @@ of the chosen experts. The router stores the differences (T, …) to the pretrai
 them. T is the number of experts, B the number of inputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

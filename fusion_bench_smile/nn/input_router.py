@@ -10,8 +10,6 @@ where the call has an ``attention_mask``. While a model generates, the choice of
 encoder-decoder is made by its encoder.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, cast

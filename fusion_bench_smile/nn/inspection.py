@@ -1,7 +1,5 @@
 """Inspection of the routers of an upscaled model, and oracle routing. Costs nothing while it is not used."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Routed linear layers: `torch.nn.Linear` and the `Conv1D` of transformers."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D

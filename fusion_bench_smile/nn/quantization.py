@@ -1,7 +1,5 @@
 """Factors in eight bits: symmetric quantization of each row."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """The layer types that can be routed."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from .conv import SmileConv2d

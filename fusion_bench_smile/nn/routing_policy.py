@@ -3,8 +3,6 @@
 Functions of the state of a call. B is the number of inputs, T the number of experts.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Hardware and software of a run: processor, packages, git revision."""
 
-from __future__ import annotations
-
 import platform
 import re
 import subprocess

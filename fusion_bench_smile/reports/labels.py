@@ -1,7 +1,5 @@
 """Default labels of methods in tables, derived from their configuration."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Styles and helpers shared by the figures of leaderboards and studies."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from pathlib import Path

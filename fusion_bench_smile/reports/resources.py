@@ -1,7 +1,5 @@
 """Wall-clock time and peak memory of the stages of a run."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import re

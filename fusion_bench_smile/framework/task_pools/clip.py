@@ -1,7 +1,5 @@
 """The framework's CLIP task pool, exact on any number of processes."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

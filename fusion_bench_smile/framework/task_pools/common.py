@@ -1,7 +1,5 @@
 """Functions of all task pools: evaluation divided among processes, tokenizers, model statistics."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """GLUE as text-to-text tasks, with the prompts and the preprocessing of the framework, on any number of processes."""
 
-from __future__ import annotations
-
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
