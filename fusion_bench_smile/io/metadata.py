@@ -31,18 +31,11 @@ REPEATED_OPTIONS = {
 
 @dataclass(frozen=True)
 class Provenance:
-    """What an upscaled model was made of.
+    """What an upscaled model was made of: energies ‖ΔW‖², digests of the experts, parameters, package versions."""
 
-    Attributes:
-        energy: Upscaled layer → for each expert the share of ‖ΔW‖² that its rank keeps.
-        sources: Expert → a digest of its weights (or LoRA factors) in the upscaled layers.
-        parameters: The number of parameters of the pretrained model and of the upscaled one.
-        versions: Package → version.
-    """
-
-    energy: dict[str, list[float]] = field(default_factory=dict)
-    sources: dict[str, str] = field(default_factory=dict)
-    parameters: tuple[int, int] = (0, 0)
+    energy: dict[str, list[float]] = field(default_factory=dict)  # layer → the share that each expert's rank keeps
+    sources: dict[str, str] = field(default_factory=dict)  # expert → digest of its weights in the upscaled layers
+    parameters: tuple[int, int] = (0, 0)  # of the pretrained model and of the upscaled one
     versions: dict[str, str] = field(default_factory=lambda: {name: installed_version(name) for name in PACKAGES})
 
     @classmethod
@@ -60,27 +53,16 @@ class Provenance:
 
 @dataclass(frozen=True)
 class SmileMetadata:
-    """The description of an upscaled model. T is the number of experts.
+    """The description of an upscaled model."""
 
-    Attributes:
-        config: The options it was built with.
-        experts: The experts' names, in the order of the layouts.
-        layouts: Layer name → the ranks of the experts in it.
-        provenance: What it was made of.
-        has_baseline: The router standardises scores by random inputs.
-        prototypes: The number of features and of directions of the router's prototypes, or None.
-        expert_parameters: Module → the names of its parameters that differ between experts.
-        loading: What loading the checkpoint requires, for people.
-    """
-
-    config: SmileConfig
-    experts: tuple[str, ...]
-    layouts: dict[str, ExpertLayout]
+    config: SmileConfig  # the options it was built with
+    experts: tuple[str, ...]  # the experts' names, in the order of the layouts
+    layouts: dict[str, ExpertLayout]  # layer → the ranks of the experts in it
     provenance: Provenance = field(default_factory=Provenance)
-    has_baseline: bool = False
-    prototypes: tuple[int, int] | None = None
-    expert_parameters: dict[str, list[str]] = field(default_factory=dict)
-    loading: str = LOADING
+    has_baseline: bool = False  # the router standardises scores by random inputs
+    prototypes: tuple[int, int] | None = None  # the number of features and of directions of the router's prototypes
+    expert_parameters: dict[str, list[str]] = field(default_factory=dict)  # module → parameters that experts differ in
+    loading: str = LOADING  # what loading the checkpoint requires, for people
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values in checkpoint format 3."""

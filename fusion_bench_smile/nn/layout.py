@@ -12,20 +12,12 @@ DENSE = -1
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """How the experts of one layer are stored. T is the number of experts.
+    """How the experts of one layer are stored. T is the number of experts."""
 
-    Attributes:
-        ranks: The rank of each expert; 0 for an unchanged weight, −1 (`DENSE`) for a dense delta.
-        gate_ranks: The number of router rows of each expert; 0 gives the expert a score of 0.
-        shared_router: The router rows are the leading directions of the experts' factors. Otherwise they are stored in
-            addition to the factors.
-        expert_bias: At least one expert changed the bias.
-    """
-
-    ranks: tuple[int, ...]
-    gate_ranks: tuple[int, ...]
-    shared_router: bool = True
-    expert_bias: bool = False
+    ranks: tuple[int, ...]  # of each expert; 0 for an unchanged weight, −1 (`DENSE`) for a dense delta
+    gate_ranks: tuple[int, ...]  # the number of router rows of each expert; 0 gives the expert a score of 0
+    shared_router: bool = True  # the router rows are the leading directions of the experts, not stored in addition
+    expert_bias: bool = False  # at least one expert changed the bias
 
     @property
     def num_experts(self) -> int:

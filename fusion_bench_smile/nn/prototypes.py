@@ -21,26 +21,16 @@ class Prototypes(nn.Module):
     """Prototypes of T tasks in a space of D = L·2·T features, for L layers.
 
     The covariance of standardised features is Σⱼ λⱼ pⱼpⱼᵀ + λ₀(1 − Σⱼ pⱼpⱼᵀ). All tensors are frozen, float32.
-
-    Attributes:
-        mean: (T, D), of standardised features.
-        scale: (D,), the standard deviations of the features.
-        directions: (r, D), the pⱼ.
-        variances: (r,), the λⱼ.
-        rest: (1,), λ₀.
-        radius: (2,), the 97.5 % quantiles of both columns of `remoteness` in cross-validation; infinite where there
-            are too few inputs.
-        trust: (2,), the weights of the log-likelihood −d²/2 and of the zero-shot scores, with the least cross-entropy
-            in cross-validation.
+    Cross-validation gives `radius`, which is infinite where there are too few inputs, and `trust`.
     """
 
-    mean: Tensor
-    scale: Tensor
-    directions: Tensor
-    rest: Tensor
-    variances: Tensor
-    radius: Tensor
-    trust: Tensor
+    mean: Tensor  # (T, D), of standardised features
+    scale: Tensor  # (D,), the standard deviations of the features
+    directions: Tensor  # (r, D), the pⱼ
+    rest: Tensor  # (1,), λ₀
+    variances: Tensor  # (r,), the λⱼ
+    radius: Tensor  # (2,), the 97.5 % quantiles of both columns of `remoteness`
+    trust: Tensor  # (2,), the weights of log-likelihood −d²/2 and zero-shot scores, with the least cross-entropy
 
     def __init__(self, tasks: int, features: int, directions: int) -> None:
         super().__init__()

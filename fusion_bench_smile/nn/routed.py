@@ -26,19 +26,12 @@ DEFAULT_CONFIG = SmileConfig()
 
 
 class RoutingEvent(NamedTuple):
-    """What a router decided in one call of a layer.
+    """What a router decided in one call of a layer."""
 
-    Attributes:
-        inputs: The layer's input, (…, in).
-        scores: (…, T), float32 or float64; (B, T) where experts are chosen for whole inputs.
-        experts: The indices of the experts that serve each token or input, (…, top_k).
-        weights: Their weights, (…, top_k).
-    """
-
-    inputs: Tensor
-    scores: Tensor
-    experts: Tensor
-    weights: Tensor
+    inputs: Tensor  # of the layer, (…, in)
+    scores: Tensor  # (…, T), float32 or float64; (B, T) where experts are chosen for whole inputs
+    experts: Tensor  # the indices of the experts that serve each token or input, (…, top_k)
+    weights: Tensor  # their weights, (…, top_k)
 
 
 RoutingHook = Callable[[RoutingEvent], None]
@@ -58,26 +51,19 @@ class RoutedLayer(nn.Module):
 
     With ``storage="int8"`` the first four hold integers, and their scales are parameters such as `gate_scale`
     (Σ gate_ranks, 1). `rows` returns dequantized rows. out and in are the sides of `weight_matrix`.
-
-    Attributes:
-        plain_type: The type of layer that the class routes.
-        can_group_tokens: Tokens can be gathered and computed alone.
-        layout: The ranks of the experts.
-        smile_config: The options of the model, one object for all its layers.
-        input_router: The router for whole inputs, or None where each token is routed.
     """
 
-    plain_type: ClassVar[type[nn.Module]]
-    can_group_tokens: ClassVar[bool] = True
+    plain_type: ClassVar[type[nn.Module]]  # the type of layer that the class routes
+    can_group_tokens: ClassVar[bool] = True  # tokens can be gathered and computed alone
     layout: ExpertLayout
-    smile_config: SmileConfig
+    smile_config: SmileConfig  # the options of the model, one object for all its layers
     weight: Tensor
     gate: Tensor | None
     down: Tensor | None
     up: Tensor | None
     dense: Tensor | None
     expert_bias: Tensor | None
-    input_router: InputRouter | None = None
+    input_router: InputRouter | None = None  # the router for whole inputs, or None where each token is routed
 
     @classmethod
     def from_layer(
