@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -19,12 +19,6 @@ ExpertParameters = Literal["layers", "norms", "all"]
 Allocation = Literal["uniform", "energy", "gain"]
 Storage = Literal["same", "int8"]
 
-CHOICES: dict[str, Any] = {
-    "execution": Execution, "routing_scope": RoutingScope, "routing_score": RoutingScore,
-    "expert_parameters": ExpertParameters, "allocation": Allocation, "storage": Storage,
-}  # fmt: skip
-INTEGERS = ("gate_k", "k", "top_k")
-FLAGS = ("routing_use_diff", "average_experts", "convolutions", "full_matrices", "noise_baseline", "refuse_unknown")
 NEEDS_TWO_PASS: dict[str, Any] = {"noise_baseline": False, "expert_parameters": "layers", "refuse_unknown": False}
 
 
@@ -37,8 +31,7 @@ class SmileConfig:
         k: Rank of the experts. −1 keeps the deltas dense.
         top_k: Number of experts that serve each token, from 1 to the number of experts.
         routing_use_diff: Route on the deltas Wᵢ − W₀ (True) or on the fine-tuned weights Wᵢ (False).
-        average_experts: Average the parameters outside the upscaled layers over the experts (True) or keep the
-            pretrained ones (False).
+        average_experts: Average the experts' parameters outside the upscaled layers, instead of the pretrained ones.
         convolutions: Upscale `torch.nn.Conv2d` layers too, except grouped convolutions.
         target_modules: Name patterns (``fnmatch``) of the layers to upscale. None selects all of them.
         exclude_modules: Name patterns of layers that stay as pretrained.
@@ -61,8 +54,7 @@ class SmileConfig:
         storage: Storage of the factors: the ``"same"`` dtype as the model, or ``"int8"``.
         device: Device of the factorization: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, …
         upscaling_accelerator: The same under the framework's second name. It takes precedence over `device`.
-        full_matrices: Accepted for commands written for the framework's SMILE. The result does not depend on it, and
-            square U and V are never formed.
+        full_matrices: Accepted as by the framework's SMILE. The result does not depend on it.
 
     Raises:
         ConfigError: A value has the wrong type, lies outside its range, or contradicts another option.
@@ -101,16 +93,14 @@ class SmileConfig:
         self.compute_device  # noqa: B018  an unavailable device is refused here, before any model is loaded
 
     def _check_types(self) -> None:
-        for name in INTEGERS:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
+        for name, hint in get_type_hints(SmileConfig).items():
+            value, choices = getattr(self, name), get_args(hint)
+            if hint is int and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ConfigError(f"{name}={value!r} is not an integer")
-        for name in FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not true or false")
-        for name, literal in CHOICES.items():
-            if getattr(self, name) not in get_args(literal):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(literal))}")
+            if hint is bool and not isinstance(value, bool):
+                raise ConfigError(f"{name}={value!r} is not true or false")
+            if get_origin(hint) is Literal and value not in choices:
+                raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}")
 
     def _check_ranges(self) -> None:
         if self.gate_k < 1:
@@ -151,11 +141,7 @@ class SmileConfig:
 
     @property
     def compute_device(self) -> torch.device:
-        """The device of the factorization.
-
-        Raises:
-            ConfigError: This machine does not have the device.
-        """
+        """The device of the factorization. Raises ConfigError if this machine does not have the device."""
         name = self.upscaling_accelerator or self.device
         if name == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -177,8 +163,7 @@ class SmileConfig:
     def from_dict(cls, options: Mapping[str, Any]) -> SmileConfig:
         """Build a config from a mapping.
 
-        Raises:
-            ConfigError: A key is unknown; the message names the nearest valid one.
+        Raises ConfigError if a key is unknown; the message names the nearest valid one.
         """
         check_keys(options, [f.name for f in fields(cls)])
         return cls(**options)
@@ -192,8 +177,7 @@ class SmileConfig:
     def resolve(cls, config: SmileConfig | None, options: Mapping[str, Any]) -> SmileConfig:
         """The config of a call that takes either a config or keywords.
 
-        Raises:
-            ConfigError: Both are given, or a keyword is unknown.
+        Raises ConfigError if both are given, or a keyword is unknown.
         """
         if config is not None and options:
             raise ConfigError(f"give either config or keywords, not both (got {', '.join(options)})")
@@ -201,11 +185,7 @@ class SmileConfig:
 
 
 def check_keys(options: Mapping[str, Any], valid: list[str]) -> None:
-    """Refuse unknown keys.
-
-    Raises:
-        ConfigError: It names every unknown key and the nearest valid one.
-    """
+    """Refuse unknown keys with a ConfigError that names each, and the nearest valid one."""
     unknown = [key for key in options if key not in valid]
     if not unknown:
         return

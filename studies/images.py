@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor, CLIPVisionModel
 
 from fusion_bench_smile import record_routing, upscale
-from fusion_bench_smile.io import write_text_atomically
+from fusion_bench_smile.io import write_atomically
 from fusion_bench_smile.reports import markdown_table
 from smile_zoo.images import DATA, TASKS, Split, Strength, load_expert, load_images, load_pretrained
 from smile_zoo.images.evaluate import Classifier, accuracy, to_pixels, zero_shot_head
@@ -126,7 +126,7 @@ def run(report: Callable[[], str], description: str | None) -> None:
     parser.add_argument("file", type=Path, help="file of the report, in Markdown")
     file = parser.parse_args().file
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(file, report())
+    write_atomically(file, report())
     print(file)
 
 

@@ -1,11 +1,9 @@
 """Studies of task vectors and routers: subspaces, explained variance, router accuracy, error accumulation, costs."""
 
-from .accumulation import error_accumulation
-from .capture import ModelCall, blocks, capture_calls, capture_outputs
+from .capture import ModelCall, blocks, capture_calls, capture_outputs, error_accumulation
 from .costs import costs
-from .deltas import LayerDeltas, layer_deltas
 from .routing import coinciding_gates, confusion, layer_accuracy, layer_load, routing_by_task, token_choices
-from .subspace import ZONES, Zones, project_onto_zone, subspace_energy
+from .task_vectors import ZONES, LayerDeltas, Zones, layer_deltas, project_onto_zone, subspace_energy
 from .variance import Recommendation, added_parameters, explained_variance, ranks_needed, recommend
 
 __all__ = [

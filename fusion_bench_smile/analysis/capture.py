@@ -1,11 +1,12 @@
-"""Captured model calls and layer outputs: the inputs of a study come from the evaluation of a task pool."""
+"""Model calls captured from the evaluation of a task pool, and the error of hidden states over depth."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -48,8 +49,7 @@ class _CallLimitReached(Exception):  # noqa: N818  # control flow, not an error
 def capture_calls(model: nn.Module, evaluate: Callable[[nn.Module], Any], limit: int) -> list[ModelCall]:
     """Capture the first calls of a model during its evaluation, which stops after `limit` calls.
 
-    Raises:
-        SmileError: If the evaluation never calls the model.
+    Raises SmileError if the evaluation never calls the model.
     """
     calls: list[ModelCall] = []
 
@@ -58,12 +58,8 @@ def capture_calls(model: nn.Module, evaluate: Callable[[nn.Module], Any], limit:
         if len(calls) >= limit:
             raise _CallLimitReached
 
-    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        with suppress(_CallLimitReached):
-            evaluate(model)
-    finally:
-        handle.remove()
+    with model.register_forward_pre_hook(hook, with_kwargs=True), suppress(_CallLimitReached):
+        evaluate(model)
     if not calls:
         raise SmileError("the task pool didn't call the model: this study needs a task pool that does")
     return calls
@@ -80,12 +76,10 @@ def capture_outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list
     def collect(name: str, _: nn.Module, __: Any, output: Any) -> None:
         outputs[name].append((output[0] if isinstance(output, tuple) else output).detach())
 
-    handles = [module.register_forward_hook(partial(collect, name)) for name, module in modules.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(collect, name)))
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -98,3 +92,36 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
                 if any(isinstance(part, nn.Linear) for part in member.modules()):
                     blocks_by_name[f"{name}.{number}"] = member
     return blocks_by_name
+
+
+@torch.no_grad()
+def error_accumulation(
+    individual: nn.Module, models: Mapping[str, nn.Module], calls: Sequence[ModelCall]
+) -> pd.DataFrame:
+    """The relative error of some models' hidden states after each block; the individual model is the reference.
+
+    An upscaled model errs by truncation and routing; with oracle routing (always the task's expert) by truncation only.
+
+    Returns:
+        One row for each model and block: ``model``, ``block`` (from 1), ``name`` (of the block) and ``error``,
+        ‖h − h₀‖ / ‖h₀‖ over all tokens except padding.
+    """
+    reference = _hidden_states(individual, calls)
+    rows = []
+    for name, model in models.items():
+        states = _hidden_states(model, calls)
+        for number, (block, expected) in enumerate(reference.items(), start=1):
+            error = float((states[block] - expected).norm() / expected.norm())
+            rows.append({"model": name, "block": number, "name": block, "error": error})
+    return pd.DataFrame(rows)
+
+
+def _hidden_states(model: nn.Module, calls: Sequence[ModelCall]) -> dict[str, Tensor]:
+    """Block → hidden states of all tokens except padding: (n, hidden), float64."""
+    with capture_outputs(blocks(model)) as outputs:
+        for call in calls:
+            call(model)
+    return {
+        name: torch.cat([state[call.token_mask(state)].double() for call, state in zip(calls, states, strict=True)])
+        for name, states in outputs.items()
+    }

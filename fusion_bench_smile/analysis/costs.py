@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 import torch
@@ -18,12 +17,9 @@ from .capture import ModelCall
 
 
 def costs(
-    pretrained: nn.Module,
-    experts: Mapping[str, ExpertSource],
-    points: Sequence[tuple[int, int, int]],
-    call: ModelCall,
-    repeats: int = 5,
-) -> pd.DataFrame:
+    pretrained: nn.Module, experts: Mapping[str, ExpertSource], points: Sequence[tuple[int, int, int]],
+    call: ModelCall, repeats: int = 5,
+) -> pd.DataFrame:  # fmt: skip
     """Build upscaled models and measure them.
 
     Args:
@@ -38,9 +34,8 @@ def costs(
     pretrained_flops, pretrained_parameters = _flops(pretrained, call), count_parameters(pretrained)
     rows = []
     for count, gate_k, k in points:
-        selected = dict(list(experts.items())[:count])
         meter = ResourceMeter()
-        model = upscale(pretrained, selected, gate_k=gate_k, k=k).eval()
+        model = upscale(pretrained, dict(list(experts.items())[:count]), gate_k=gate_k, k=k).eval()
         construction = meter.stop()
         meter = ResourceMeter()
         call(model)
@@ -67,10 +62,7 @@ def _seconds(call: ModelCall, model: nn.Module) -> float:
 
 def _flops(model: nn.Module, call: ModelCall) -> int:
     # the counter does not know the in-place product
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops}) as counter:
+    flops = {torch.ops.aten.addmm_: lambda _, left, right, **__: 2 * left[0] * left[1] * right[1]}
+    with FlopCounterMode(display=False, custom_mapping=flops) as counter:
         call(model)
     return counter.get_total_flops()
-
-
-def _addmm_flops(_: torch.Size, left: torch.Size, right: torch.Size, **__: Any) -> int:
-    return 2 * left[0] * left[1] * right[1]

@@ -12,8 +12,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FormatStrFormatter, MaxNLocator
 from torch import Tensor
 
-from ..reports import STYLES, grouped_bars, heatmap
-from .subspace import ZONES
+from ..reports import STYLES, grouped_bars, heatmap, panels
+from .task_vectors import ZONES
 
 COLORS = [color for color, _ in STYLES]
 LAYER_AXIS = "linear layer, in model order"
@@ -27,8 +27,7 @@ VARIABLES = {"experts": "number of experts T", "k": "rank k", "gate_k": "router 
 
 def subspace_energy(table: pd.DataFrame) -> Figure:
     """Mean energy share of each zone, by layer and by type of layer."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    by_layer, by_type = figure.subplots(1, 2, sharey=True)
+    figure, (by_layer, by_type) = panels(11, 4.2, 1, 2, sharey=True)
     zones = list(ZONES)
     energy = 100 * table.groupby("layer", sort=False)[zones].mean()
     _curves(by_layer, energy.set_axis(range(1, len(energy) + 1)).add_prefix("zone "), markersize=4)
@@ -41,7 +40,7 @@ def subspace_energy(table: pd.DataFrame) -> Figure:
 
 def explained_variance(variance: pd.DataFrame) -> Figure:
     """Mean share of ‖ΔW‖² that a rank keeps, by type of layer."""
-    figure, axis = _panel(7, 4.2)
+    figure, axis = panels(7, 4.2)
     last = 2 * variance[variance["explained"] < 0.999]["rank"].max()  # the curves are flat beyond
     types = variance[variance["rank"] <= last].groupby("type", sort=False)
     _curves(axis, {name: 100 * rows.groupby("rank")["explained"].mean() for name, rows in types}, markersize=3)
@@ -57,7 +56,7 @@ def explained_variance(variance: pd.DataFrame) -> Figure:
 
 def score_bars(table: pd.DataFrame, ylabel: str = "score (%)") -> Figure:
     """One group of bars for each column of a table, with one bar for each row."""
-    figure, axis = _panel(max(8, 1.4 * len(table.columns)), 4.4)
+    figure, axis = panels(max(8, 1.4 * len(table.columns)), 4.4)
     grouped_bars(axis, table.T, COLORS)
     axis.set_ylabel(ylabel)
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
@@ -66,7 +65,7 @@ def score_bars(table: pd.DataFrame, ylabel: str = "score (%)") -> Figure:
 
 def confusion(matrix: pd.DataFrame) -> Figure:
     """The confusion matrix of the routers, task × expert, in percent of the task's tokens."""
-    figure, axis = _panel(1.6 + 0.75 * len(matrix.columns), 1.4 + 0.62 * len(matrix))
+    figure, axis = panels(1.6 + 0.75 * len(matrix.columns), 1.4 + 0.62 * len(matrix))
     image = heatmap(axis, 100 * matrix, "{:.0f}", 100 * matrix > 50 * matrix.to_numpy().max(), vmin=0)
     axis.set_xticks(range(len(matrix.columns)), matrix.columns, rotation=45, ha="right")
     axis.set_yticks(range(len(matrix)), matrix.index)
@@ -76,20 +75,14 @@ def confusion(matrix: pd.DataFrame) -> Figure:
 
 
 def layer_curves(accuracy: pd.Series, load: pd.DataFrame, entropy: pd.Series) -> Figure:
-    """Router accuracy, load of the busiest expert, and relative entropy, all from 0 to 1, by layer.
-
-    Args:
-        load: Layer × expert: share of the tokens.
-    """
-    figure, axis = _panel(8, 4.2)
+    """Router accuracy, load of the busiest expert (of a table layer × expert), and relative entropy, from 0 to 1."""
+    figure, axis = panels(8, 4.2)
     curves = {
-        "router accuracy": accuracy,
-        "load of the busiest expert": load.max(axis=1),
+        "router accuracy": accuracy, "load of the busiest expert": load.max(axis=1),
         "entropy of the router's softmax (100 %: uniform)": entropy,
-    }
-    layers = range(1, len(accuracy) + 1)
-    percent = {label: 100 * values.loc[accuracy.index].set_axis(layers) for label, values in curves.items()}
-    _curves(axis, percent, markersize=4)
+    }  # fmt: skip
+    percent = 100 * pd.DataFrame(curves).loc[accuracy.index]
+    _curves(axis, percent.set_axis(range(1, len(percent) + 1)), markersize=4)
     chance = 100 / len(load.columns)
     axis.axhline(chance, color="0.6", linewidth=1, linestyle="--", label=f"chance ({chance:.3g} %)")
     axis.set(xlabel=LAYER_AXIS, ylabel="%", ylim=(0, 105))
@@ -101,12 +94,11 @@ def layer_curves(accuracy: pd.Series, load: pd.DataFrame, entropy: pd.Series) ->
 def token_maps(images: Tensor, choices: dict[str, Tensor], experts: Sequence[str], titles: Sequence[str]) -> Figure:
     """The expert of each image patch as a colour: one row for each image, one column for each layer.
 
-    Args:
-        images: (n, channels, H, W), of any range.
-        choices: Layer → indices of experts, (n, patches) in row-major order, for square images.
+    The images are (n, channels, H, W), of any range. The choices are layer → indices of experts, (n, patches) in
+    row-major order, for square images.
     """
-    figure = Figure(figsize=(1.9 * (1 + len(choices)), 1.75 * len(images) + 1), layout="constrained")
-    axes = figure.subplots(len(images), 1 + len(choices), squeeze=False)
+    rows, columns = len(images), 1 + len(choices)
+    figure, axes = panels(1.9 * columns, 1.75 * rows + 1, rows, columns, squeeze=False)
     colors = ListedColormap([COLORS[number % len(COLORS)] for number in range(len(experts))])
     for axis, image, title in zip(axes[:, 0], images, titles, strict=True):
         low, high = image.min(), image.max()
@@ -126,7 +118,7 @@ def token_maps(images: Tensor, choices: dict[str, Tensor], experts: Sequence[str
 
 def error_accumulation(table: pd.DataFrame) -> Figure:
     """Mean relative error of the hidden states, by block."""
-    figure, axis = _panel(7, 4.2)
+    figure, axis = panels(7, 4.2)
     models = table.groupby("model", sort=False)
     _curves(axis, {name: 100 * rows.groupby("block")["error"].mean() for name, rows in models})
     axis.set(xlabel="block", ylabel="‖h − h₀‖ / ‖h₀‖ (%)", ylim=(0, None))
@@ -138,7 +130,7 @@ def error_accumulation(table: pd.DataFrame) -> Figure:
 
 def ablations(table: pd.DataFrame) -> Figure:
     """The column ``average`` (in percent) of each variant, as horizontal bars."""
-    figure, axis = _panel(8, 0.6 + 0.32 * len(table))
+    figure, axis = panels(8, 0.6 + 0.32 * len(table))
     averages = table["average"][::-1]
     axis.barh(averages.index, averages, color=COLORS[0])
     for position, value in enumerate(averages):
@@ -151,13 +143,12 @@ def ablations(table: pd.DataFrame) -> Figure:
 
 def costs(table: pd.DataFrame) -> Figure:
     """All measured costs over T, k and gate_k, one row of panels for each; the others are those of the first point."""
-    figure = Figure(figsize=(15, 7), layout="constrained")
-    axes = figure.subplots(len(VARIABLES), len(MEASURES), sharey="col")
+    figure, axes = panels(15, 7, len(VARIABLES), len(MEASURES), sharey="col")
     reference = table.iloc[0][list(VARIABLES)]
-    for panels, (variable, xlabel), (color, marker) in zip(axes, VARIABLES.items(), STYLES, strict=False):
+    for row, (variable, xlabel), (color, marker) in zip(axes, VARIABLES.items(), STYLES, strict=False):
         fixed = [name for name in VARIABLES if name != variable]
         points = table[(table[fixed] == reference[fixed]).all(axis=1)].sort_values(variable)
-        for axis, (measure, title) in zip(panels, MEASURES.items(), strict=True):
+        for axis, (measure, title) in zip(row, MEASURES.items(), strict=True):
             axis.plot(points[variable], points[measure], color=color, marker=marker)
             axis.set(xlabel=xlabel, ylim=(1 if "×" in title else 0, 1.06 * table[measure].max()))
             axis.grid(alpha=0.3)
@@ -165,12 +156,6 @@ def costs(table: pd.DataFrame) -> Figure:
         axis.set_title(title)
     figure.suptitle("×: relative to the pretrained model")
     return figure
-
-
-def _panel(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of one panel, with its size in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
 
 
 def _curves(axis: Axes, curves: Mapping[str, pd.Series] | pd.DataFrame, **options: Any) -> None:

@@ -1,6 +1,7 @@
 """Router accuracy: which experts the routers choose for inputs of a known task (arXiv 2408.10174, section 4)."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
@@ -12,7 +13,6 @@ from ..nn import LayerRouting, layers_with_router, record_routing
 from .capture import ModelCall
 
 log = logging.getLogger(__name__)
-
 COINCIDING = 0.99  # cosine of the largest principal angle
 
 
@@ -35,10 +35,8 @@ def routing_by_task(model: nn.Module, calls: Mapping[str, Sequence[ModelCall]], 
                 call(model)
         for layer, recorded in routing.items():
             shares, entropy = _shares_and_entropy(recorded, task_calls)
-            rows += [
-                {"layer": layer, "task": task, "expert": name, "share": share, "entropy": entropy}
-                for name, share in zip(experts, shares, strict=True)
-            ]
+            for name, share in zip(experts, shares, strict=True):
+                rows.append({"layer": layer, "task": task, "expert": name, "share": share, "entropy": entropy})
     return pd.DataFrame(rows)
 
 
@@ -48,13 +46,10 @@ def _shares_and_entropy(recorded: LayerRouting, calls: Sequence[ModelCall]) -> t
     total, entropies, tokens = torch.zeros(count, dtype=torch.float64), 0.0, 0
     for call, scores, experts, weights in zip(calls, recorded.scores, recorded.experts, recorded.weights, strict=True):
         mask = call.token_mask(scores)
-        scores = scores[mask].double()
         total.index_add_(0, experts[mask].flatten().cpu(), weights[mask].flatten().double().cpu())
-        log_probabilities = scores.log_softmax(-1)
-        entropies -= float((log_probabilities.exp() * log_probabilities).sum())
-        tokens += len(scores)
-    uniform = torch.tensor(float(count)).log().item()  # entropy of the uniform distribution
-    return (total / total.sum()).tolist(), entropies / tokens / uniform
+        entropies += float(torch.special.entr(scores[mask].double().softmax(-1)).sum())
+        tokens += int(mask.sum())
+    return (total / total.sum()).tolist(), entropies / tokens / math.log(count)  # the entropy of a uniform distribution
 
 
 def _mean_shares(routing: pd.DataFrame, rows: str) -> pd.DataFrame:

@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 from ..io import ExpertSource
-from .deltas import layer_deltas
-
-TARGETS = (0.90, 0.95, 0.99)
+from .task_vectors import layer_deltas
 
 
 @torch.no_grad()
@@ -39,7 +37,7 @@ def explained_variance(pretrained: nn.Module, experts: Mapping[str, ExpertSource
     return pd.concat(tables, ignore_index=True)
 
 
-def ranks_needed(variance: pd.DataFrame, targets: tuple[float, ...] = TARGETS) -> pd.DataFrame:
+def ranks_needed(variance: pd.DataFrame, targets: tuple[float, ...] = (0.90, 0.95, 0.99)) -> pd.DataFrame:
     """The smallest rank of each task vector that keeps a share of its energy, for each of the shares from 0 to 1.
 
     Returns:

@@ -1,21 +1,19 @@
 """Construction of upscaled models: plan, factorization, assembly, and what is done to a model afterwards."""
 
 from .assemble import set_routing
-from .baseline import BATCH_SIZE, NUM_INPUTS, measure_baseline, random_inputs
-from .calibration import calibrate, check_calibration
-from .distributed import WorkPartition, destroy_process_group_at_exit
+from .calibration import BATCH_SIZE, NUM_INPUTS, calibrate, check_calibration, measure_baseline, random_inputs
 from .edit import add_expert, remove_expert
 from .factor_cache import FactorCache, tensor_digest
 from .factorize import open_experts
+from .parallel import WorkPartition, destroy_process_group_at_exit
 from .plan import LayerPlan, Plan, estimate_seconds, make_plan
 from .streaming import upscale_to_folder
 from .svd import Factors, low_rank_svd, truncated_svd
 from .upscale import plan_upscaling, upscale
 
 __all__ = [
-    "BATCH_SIZE", "NUM_INPUTS",
-    "FactorCache", "Factors", "LayerPlan", "Plan", "WorkPartition", "add_expert", "calibrate", "check_calibration",
-    "destroy_process_group_at_exit", "estimate_seconds", "low_rank_svd", "make_plan", "measure_baseline",
-    "open_experts", "plan_upscaling", "random_inputs", "remove_expert", "set_routing", "tensor_digest",
-    "truncated_svd", "upscale", "upscale_to_folder",
+    "BATCH_SIZE", "NUM_INPUTS", "FactorCache", "Factors", "LayerPlan", "Plan", "WorkPartition", "add_expert",
+    "calibrate", "check_calibration", "destroy_process_group_at_exit", "estimate_seconds", "low_rank_svd", "make_plan",
+    "measure_baseline", "open_experts", "plan_upscaling", "random_inputs", "remove_expert", "set_routing",
+    "tensor_digest", "truncated_svd", "upscale", "upscale_to_folder",
 ]  # fmt: skip

@@ -11,9 +11,9 @@ from ..io import Provenance
 from ..nn import ExpertLayout, InputRouter, RoutedLayer, routed_layers, routed_type_of, store_tensors
 from ..nn.attachment import attach_router, detach_router
 from ..nn.expert_parameters import attach_expert_parameters
-from .baseline import measure_baseline
-from .distributed import WorkPartition
+from .calibration import measure_baseline
 from .factorize import FactorizedExperts
+from .parallel import WorkPartition
 from .plan import Plan
 
 Differences = Mapping[str, Mapping[str, Tensor]]  # module → parameter → differences of all experts (T, …)
@@ -38,10 +38,15 @@ def replace_layers(
             energy[planned.name] = [expert.energy for expert in factors.experts]
             tensors = store_tensors(factors.tensors(cast(Tensor, plain.weight).device), config.storage)
             replacements[plain] = build_layer(plain, factors.layout(config.routing_use_diff), config, tensors)
-    for name, module in list(model.named_modules(remove_duplicate=False)):  # a module may have several names
+    replace_modules(model, replacements)
+    return Provenance.of_layers(experts, energy, digests, (plan.parameters, 0))
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Replace modules of a model, each under all of its names."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in replacements:
             model.set_submodule(name, replacements[module])
-    return Provenance.of_layers(experts, energy, digests, (plan.parameters, 0))
 
 
 def build_layer(

@@ -12,12 +12,12 @@ from ..exceptions import PlanError
 from ..io import ExpertSource, SmileMetadata, metadata_of
 from ..io.metadata import describe_model
 from ..io.transformers_hook import attach_metadata
-from ..nn import DENSE, RoutedLayer, detach_router
+from ..nn import DENSE, detach_router, routed_layers
 from ..nn.expert_parameters import detach_expert_parameters
-from .assemble import replace_layers, set_routing
-from .distributed import WorkPartition
+from .assemble import replace_layers, replace_modules, set_routing
 from .factorize import FactorizedExperts, Factorizer, factorize_experts
 from .layer_factors import ExpertFactors, LayerFactors
+from .parallel import WorkPartition
 from .plan import Plan, make_plan
 
 
@@ -40,9 +40,8 @@ def add_expert(model: nn.Module, expert: ExpertSource, name: str) -> nn.Module:
         factors = {layer: _with_router(single, config, layer) for layer, single in factors.items()}
     plan = make_plan(pretrained, len(experts), config)
     unchanged = [ExpertFactors(rank=0, gate_rank=0)] * len(metadata.experts)
-    factorized = FactorizedExperts(
-        {layer.name: factors.get(layer.name) or LayerFactors(len(experts), unchanged) for layer in plan.layers}
-    )
+    layers = {layer.name: factors.get(layer.name) or LayerFactors(len(experts), unchanged) for layer in plan.layers}
+    factorized = FactorizedExperts(layers)
     factorizer = Factorizer(config, with_router=True, workers=plan.num_workers(config.compute_device))
     factorize_experts(plan, pretrained, {name: expert}, factorizer, WorkPartition(), factorized)
     return _assemble(pretrained, plan, factorized, metadata, experts)
@@ -64,11 +63,11 @@ def remove_expert(model: nn.Module, name: str) -> nn.Module:
     kept = [index for index, expert in enumerate(metadata.experts) if expert != name]
     pretrained, factors = take_apart(model, metadata)
     plan, shared_router = make_plan(pretrained, len(kept), metadata.config), metadata.config.routing_use_diff
-    factorized = FactorizedExperts()
-    for layer, all_experts in factors.items():
-        remaining = all_experts.select(kept, shared_router)
-        factorized.layers[layer] = remaining if len(kept) > 1 else remaining.without_router(shared_router)
-    return _assemble(pretrained, plan, factorized, metadata, [metadata.experts[index] for index in kept])
+    layers = {layer: all_experts.select(kept, shared_router) for layer, all_experts in factors.items()}
+    if len(kept) == 1:
+        layers = {layer: single.without_router(shared_router) for layer, single in layers.items()}
+    experts = [metadata.experts[index] for index in kept]
+    return _assemble(pretrained, plan, FactorizedExperts(layers), metadata, experts)
 
 
 def take_apart(model: nn.Module, metadata: SmileMetadata) -> tuple[nn.Module, dict[str, LayerFactors]]:
@@ -76,15 +75,9 @@ def take_apart(model: nn.Module, metadata: SmileMetadata) -> tuple[nn.Module, di
     pretrained = deepcopy(model)
     detach_router(pretrained)
     detach_expert_parameters(pretrained)
-    plain: dict[nn.Module, nn.Module] = {}
-    factors = {}
-    for name, module in list(pretrained.named_modules(remove_duplicate=False)):
-        if isinstance(module, RoutedLayer):
-            if module not in plain:
-                plain[module] = module.to_plain_layer()
-            factors[name] = LayerFactors.from_layer(module, metadata.provenance.energy.get(name))
-            pretrained.set_submodule(name, plain[module])
-    return pretrained, factors
+    layers, energy = routed_layers(pretrained), metadata.provenance.energy
+    replace_modules(pretrained, {layer: layer.to_plain_layer() for layer in layers.values()})
+    return pretrained, {name: LayerFactors.from_layer(layer, energy.get(name)) for name, layer in layers.items()}
 
 
 def _assemble(
@@ -102,12 +95,10 @@ def _assemble(
 def _check_editable(metadata: SmileMetadata) -> None:
     config = metadata.config
     depends_on_all_experts = {
-        "param_ratio": config.param_ratio is not None,
-        "expert_parameters": config.expert_parameters != "layers",
-        "calibration": metadata.prototypes is not None,
-        "noise_baseline": config.noise_baseline,
+        "param_ratio": config.param_ratio is not None, "expert_parameters": config.expert_parameters != "layers",
+        "calibration": metadata.prototypes is not None, "noise_baseline": config.noise_baseline,
         "average_experts=true": config.average_experts,
-    }
+    }  # fmt: skip
     for name, is_set in depends_on_all_experts.items():
         if is_set:
             raise PlanError(f"the experts of a model with {name} can't be changed, it depends on all: build it anew")

@@ -45,11 +45,8 @@ class FactorCache:
 
     A file is written under a temporary name and renamed, and carries a checksum: a damaged one counts as missing. The
     least recently used files are deleted where the folder grows beyond `max_bytes`. The folder is created if it does
-    not exist; if it cannot be written, its entries are still used.
-
-    Attributes:
-        hits: The number of entries that were used.
-        misses: The number of matrices that were factored.
+    not exist; if it cannot be written, its entries are still used. `hits` and `misses` are the numbers of entries that
+    were used and of matrices that were factored.
     """
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int = DEFAULT_MAX_BYTES) -> None:

@@ -14,10 +14,9 @@ from ..exceptions import PlanError
 from ..io import ExpertSource, Source, StateDictSource, open_source, tied_names
 from ..nn import DENSE
 from ..nn.expert_parameters import expert_parameter_names
-from .distributed import WorkPartition
 from .factor_cache import MIN_RANK, FactorCache, known_digest, tensor_digest
 from .layer_factors import ExpertFactors, LayerFactors
-from .parallel import completed, map_in_parallel
+from .parallel import WorkPartition, completed, map_in_parallel
 from .plan import LayerPlan, Plan, check_expert, check_finite
 from .svd import Factors, low_rank_svd, truncated_svd
 
@@ -26,34 +25,21 @@ ProgressCallback = Callable[[int, int], None]
 WorkItem = tuple[LayerPlan, Source, str]  # a layer, an expert, and its name for messages
 
 
+@dataclass
 class Factorizer:
-    """Factors the deltas of experts with one set of options.
+    """Factors the deltas of experts with one set of options."""
 
-    Args:
-        config: The options.
-        with_router: The model has a router; with a single expert it has none.
-        cache: The factor cache, or None.
-        workers: The number of deltas in progress at a time.
-
-    Attributes:
-        bytes_read: The size of the experts' tensors that were read so far.
-    """
-
-    def __init__(
-        self, config: SmileConfig, with_router: bool, cache: FactorCache | None = None, workers: int = 1
-    ) -> None:
-        self.config, self.with_router, self.cache, self.workers = config, with_router, cache, workers
-        self.bytes_read = 0
-        self._pretrained_digests: dict[str, str] = {}
-        self._lock = threading.Lock()
+    config: SmileConfig
+    with_router: bool  # the model has a router; with a single expert it has none
+    cache: FactorCache | None = None
+    workers: int = 1  # the number of deltas in progress at a time
+    bytes_read: int = 0  # the size of the experts' tensors that were read so far
+    _pretrained_digests: dict[str, str] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def factorize(self, pretrained: Source, items: Iterable[WorkItem]) -> Iterator[ExpertFactors]:
-        """The factors of every item, in order, several at a time.
-
-        Raises:
-            PlanError: A tensor is not finite; it and its expert are named.
-        """
-        return map_in_parallel(lambda item: _Delta(self, pretrained, *item).begin(), items, self.workers)
+        """The factors of every item, in order, several at a time. Raises PlanError if a tensor is not finite."""
+        return map_in_parallel(lambda item: _Delta(self, pretrained, item).begin(), items, self.workers)
 
     def ranks(self, layer: LayerPlan) -> dict[str, int]:
         """What is factored, to which rank: the "delta", and the fine-tuned "weight" if the router's rows are its."""
@@ -77,11 +63,9 @@ class Factorizer:
 class _Delta:
     """The delta of one expert in one layer."""
 
-    def __init__(
-        self, factorizer: Factorizer, pretrained: Source, layer: LayerPlan, expert: Source, label: str
-    ) -> None:
-        self.factorizer, self.layer, self.expert, self.label = factorizer, layer, expert, label
-        self.device, self.ranks = factorizer.config.compute_device, factorizer.ranks(layer)
+    def __init__(self, factorizer: Factorizer, pretrained: Source, item: WorkItem) -> None:
+        self.factorizer, (layer, self.expert, self.label) = factorizer, item
+        self.layer, self.device, self.ranks = layer, factorizer.config.compute_device, factorizer.ranks(layer)
         self.weight_name, self.bias_name = f"{layer.name}.weight", f"{layer.name}.bias"
         self.pretrained_weight = layer.routed_type.weight_matrix(pretrained.read(self.weight_name))
         self.pretrained_bias = pretrained.read(self.bias_name) if layer.has_bias else None
@@ -121,8 +105,7 @@ class _Delta:
         if not self.source_digest:  # otherwise hashing has counted it
             self.source_digest = tensor_digest(self.factorizer.count_bytes(fine_tuned))
         check_finite(fine_tuned, self.weight_name, self.label)
-        common = torch.promote_types(fine_tuned.dtype, self.pretrained_weight.dtype)
-        dtype = torch.promote_types(common, torch.float32)
+        dtype = torch.promote_types(torch.promote_types(fine_tuned.dtype, self.pretrained_weight.dtype), torch.float32)
         weight, pretrained = (tensor.to(self.device, dtype) for tensor in (fine_tuned, self.pretrained_weight))
         router = self._factor("weight", weight)
         if torch.equal(weight, pretrained):
@@ -157,16 +140,11 @@ class _Delta:
         gate_rank = gate.rank if gate else 0
         shared = 0 if router else min(gate_rank, rank)
         return ExpertFactors(
-            rank=rank if dense is None else DENSE,
-            gate_rank=gate_rank,
-            gate=self._stored(gate and gate.down),
-            down=self._stored(delta and delta.down[shared:rank]),
-            up=self._stored(delta and delta.up[:, :rank].mT),
-            dense=self._stored(dense),
-            bias=self._bias_delta(),
-            energy=delta.energy(k) if delta and rank else 1.0,
-            source_digest=self.source_digest,
-        )
+            rank=rank if dense is None else DENSE, gate_rank=gate_rank,
+            gate=self._stored(gate and gate.down), down=self._stored(delta and delta.down[shared:rank]),
+            up=self._stored(delta and delta.up[:, :rank].mT), dense=self._stored(dense), bias=self._bias_delta(),
+            energy=delta.energy(k) if delta and rank else 1.0, source_digest=self.source_digest,
+        )  # fmt: skip
 
     def _stored(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(self.pretrained_weight.device, self.pretrained_weight.dtype)
@@ -184,19 +162,12 @@ class _Delta:
 
 @dataclass
 class FactorizedExperts:
-    """The factors and other changes of all experts, or of this process's part of them.
+    """The factors and other changes of all experts, or of this process's part of them."""
 
-    Attributes:
-        layers: Layer → what the experts add to it, in their order.
-        differences: Name of a parameter that can differ between experts → index of an expert → its difference.
-        sums: Name of a tensor to average → the sum over the experts.
-        unused_changes: Names of tensors outside the upscaled layers that an expert changed and the model does not use.
-    """
-
-    layers: dict[str, LayerFactors] = field(default_factory=dict)
-    differences: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    unused_changes: set[str] = field(default_factory=set)
+    layers: dict[str, LayerFactors] = field(default_factory=dict)  # layer → what the experts add to it, in their order
+    differences: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # parameter → expert's index → difference
+    sums: dict[str, Tensor] = field(default_factory=dict)  # name of a tensor to average → the sum over the experts
+    unused_changes: set[str] = field(default_factory=set)  # changed tensors outside the layers that the model ignores
 
     def gather_layer(self, name: str, num_experts: int, partition: WorkPartition) -> LayerFactors:
         """Take the factors of one layer out of this object, with those of the other processes."""
@@ -208,8 +179,7 @@ class FactorizedExperts:
     def read_other_tensors(self, plan: Plan, pretrained: Source, expert: Source, label: str, averaged: bool) -> None:
         """Check an expert's tensors outside the upscaled layers, and sum them or note which of them it changed.
 
-        Raises:
-            PlanError: A tensor is not finite.
+        Raises PlanError if a tensor is not finite.
         """
         for name in plan.other_tensors:
             if expert.is_pretrained(name) and not averaged:
@@ -236,10 +206,8 @@ def factorize_experts(
     """Factor this process's part of the (expert, layer) pairs into `factorized`, and read the experts' other tensors.
 
     Experts stream: each is opened when its turn comes, and dropped before the next one. `factorized` may hold factors
-    of other experts. `on_progress` is called with the number of pairs done and in all.
-
-    Raises:
-        PlanError: An expert does not fit, or a tensor is not finite.
+    of other experts. `on_progress` is called with the number of pairs done and in all. Raises PlanError if an expert
+    does not fit, or a tensor is not finite.
     """
     source, aliases = StateDictSource(pretrained.state_dict()), tied_names(pretrained)
     opened = open_experts(plan, experts, source, aliases)
@@ -269,8 +237,7 @@ def open_experts(
 ) -> dict[str, Source | None]:
     """Open every expert that can be opened without loading it; None for the others.
 
-    Raises:
-        PlanError: An expert cannot be read, or has another architecture; it is refused before any factorization.
+    Raises PlanError if an expert cannot be read, or has another architecture; it is refused before any factorization.
     """
     opened = {}
     for name, expert in experts.items():

@@ -47,15 +47,13 @@ class LayerFactors:
     @classmethod
     def from_layer(cls, layer: RoutedLayer, energies: Sequence[float] | None = None) -> LayerFactors:
         """The factors of a routed layer, dequantized, with the share of energy that each rank keeps, if it is known."""
-        layout, num_experts = layer.layout, layer.layout.num_experts
+        layout, num_experts, biases = layer.layout, layer.layout.num_experts, layer.expert_bias
         factors = cls(num_experts)
-        biases = [None] * num_experts if layer.expert_bias is None else list(layer.expert_bias)
-        biases = [None if bias is None or not bool(bias.any()) else bias for bias in biases]
-        each_expert = zip(layout.ranks, layout.gate_ranks, biases, energies or [1.0] * num_experts, strict=True)
+        changes = [None] * num_experts if biases is None else [bias if bias.any() else None for bias in biases]
+        each_expert = zip(layout.ranks, layout.gate_ranks, changes, energies or [1.0] * num_experts, strict=True)
         factors.experts = [ExpertFactors(k, gate_k, bias=bias, energy=e) for k, gate_k, bias, e in each_expert]
         for name in ROW_TENSORS:
-            rows = layer.rows(name)
-            if rows is not None:
+            if (rows := layer.rows(name)) is not None:
                 factors._append_rows(name, rows)
         return factors
 
@@ -68,8 +66,7 @@ class LayerFactors:
         """Copy the factors of the next expert."""
         self.experts.append(replace(expert, gate=None, down=None, up=None, dense=None))
         for name in ROW_TENSORS:
-            rows = getattr(expert, name)
-            if rows is not None:
+            if (rows := getattr(expert, name)) is not None:
                 self._append_rows(name, rows[None] if name == "dense" else rows)
 
     def extend(self, other: LayerFactors) -> None:
@@ -142,25 +139,19 @@ class LayerFactors:
 
     def without_router(self, shared_router: bool) -> LayerFactors:
         """A copy of a single expert without router rows, which a model of one expert does not have."""
-        expert = self._single_expert()
-        shared = min(max(expert.rank, 0), expert.gate_rank) if shared_router else 0
-        gate = None if expert.gate is None else expert.gate[:shared]
-        directions = [rows for rows in (gate, expert.down) if rows is not None]
-        down = torch.cat(directions) if directions else None
-        return LayerFactors(1, [replace(expert, gate_rank=0, gate=None, down=down)])
+        return self.with_router(0, shared_router)
 
-    def with_router(self, gate_rank: int) -> LayerFactors:
+    def with_router(self, gate_rank: int, shared_router: bool = True) -> LayerFactors:
         """A copy of a single expert whose first directions, as many as `gate_rank`, are router rows."""
-        expert = self._single_expert()
-        gate, down = (None, None) if expert.down is None else (expert.down[:gate_rank], expert.down[gate_rank:])
-        return LayerFactors(1, [replace(expert, gate_rank=gate_rank, gate=gate, down=down)])
-
-    def _single_expert(self) -> ExpertFactors:
-        (expert,) = self.experts
-        tensors: dict[str, Any] = {name: self.rows(name) for name in self._buffers}
-        if "dense" in tensors:
-            tensors["dense"] = tensors["dense"][0]
-        return replace(expert, **tensors)
+        (shared,) = self.layout(shared_router).shared_ranks
+        rows = {name: list(self.rows(name)) for name in self._buffers}
+        directions = rows.pop("gate", [])[:shared] + rows.pop("down", [])
+        changed = LayerFactors(1)
+        changed.experts = [replace(self.experts[0], gate_rank=gate_rank)]
+        for name, kept in {**rows, "gate": directions[:gate_rank], "down": directions[gate_rank:]}.items():
+            if kept:
+                changed._append_rows(name, torch.stack(kept))
+        return changed
 
     @property
     def num_bias_parameters(self) -> int:

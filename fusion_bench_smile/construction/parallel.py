@@ -1,11 +1,17 @@
-"""Independent work items on the CPU: several at a time, each with its part of the threads."""
+"""Parallel work: several items at a time on the CPU, each with its part of the threads, and items of many processes."""
 
+import atexit
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from functools import cache
+from itertools import accumulate
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+
+from ..exceptions import PlanError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -52,3 +58,50 @@ def completed(result: R) -> Future[R]:
     future: Future[R] = Future()
     future.set_result(result)
     return future
+
+
+@cache
+def destroy_process_group_at_exit() -> None:
+    """Have this process leave the default group when it exits.
+
+    The framework and, for gloo, Fabric leave that to the end of the interpreter, where a running thread of the group
+    can abort a process that has done all its work.
+    """
+    atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+
+
+class WorkPartition:
+    """The part of a list of work items that this process does: of the default group, `rank` among `size` processes.
+
+    A single process, 0 among 1, does all.
+    """
+
+    def __init__(self, single_process: bool = True) -> None:
+        in_group = not single_process and dist.is_available() and dist.is_initialized()
+        if in_group:
+            destroy_process_group_at_exit()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if in_group else (0, 1)
+
+    def assign(self, costs: Sequence[float]) -> list[bool]:
+        """Whether each item is done here: a contiguous run with about an equal part of the total cost."""
+        total = sum(costs)
+        centers = [end - cost / 2 for end, cost in zip(accumulate(costs), costs, strict=True)]
+        return [min(int(self.size * center / total), self.size - 1) == self.rank for center in centers]
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """The value of every process, by rank."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise in every process the error of any one: the others would wait for it forever.
+
+        Raises PlanError if another process failed; the message is the one of its error.
+        """
+        for rank, message in enumerate(self.all_gather(None if error is None else str(error))):
+            if error is not None and rank == self.rank:
+                raise error
+            if message is not None:
+                raise PlanError(message)

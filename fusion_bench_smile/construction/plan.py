@@ -71,23 +71,14 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of an upscaling.
+    """The plan of an upscaling."""
 
-    Attributes:
-        layers: The layers to upscale, in the model's order.
-        num_experts: The number of experts.
-        tensors: Name → shape of every parameter and persistent buffer of the pretrained model.
-        other_tensors: The names among them that belong to no upscaled layer, also not by being tied to one.
-        kept_layers: The linear layers that stay as pretrained.
-        parameters: The number of parameters of the pretrained model.
-    """
-
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[LayerPlan, ...]  # the layers to upscale, in the model's order
     num_experts: int
-    tensors: dict[str, torch.Size]
-    other_tensors: tuple[str, ...]
-    kept_layers: tuple[str, ...]
-    parameters: int
+    tensors: dict[str, torch.Size]  # name → shape of every parameter and persistent buffer of the pretrained model
+    other_tensors: tuple[str, ...]  # names of those that belong to no upscaled layer, also not by being tied to one
+    kept_layers: tuple[str, ...]  # the linear layers that stay as pretrained
+    parameters: int  # the number of parameters of the pretrained model
 
     def num_workers(self, device: torch.device) -> int:
         """The number of deltas that are factored at a time; one on an accelerator."""
@@ -115,8 +106,7 @@ class Plan:
     def budget_summary(self, config: SmileConfig) -> dict[str, str]:
         """The ranks within a `param_ratio` as text; empty without one.
 
-        Raises:
-            ConfigError: The budget is too small for the router rows.
+        Raises ConfigError if the budget is too small for the router rows.
         """
         if config.param_ratio is None:
             return {}
@@ -134,10 +124,8 @@ def allocate_ranks(
 ) -> list[list[int]]:
     """The rank of each expert in each layer within the `param_ratio` of a model with so many pretrained parameters.
 
-    The budget is smaller by the `reserved` parameters, which are needed outside the layers.
-
-    Raises:
-        ConfigError: The budget is too small for the router rows.
+    The budget is smaller by the `reserved` parameters, which are needed outside the layers. Raises ConfigError if it is
+    too small for the router rows.
     """
     assert config.param_ratio is not None
     try:
@@ -172,38 +160,25 @@ def make_plan(pretrained: nn.Module, num_experts: int, config: SmileConfig) -> P
     _check_ranks(layers, config)
     inside: set[int] = {id(p) for layer in selected.values() for p in layer.parameters()}
     tensors: dict[str, Tensor] = dict(pretrained.state_dict(keep_vars=True))
-    return Plan(
-        layers,
-        num_experts,
-        tensors={name: tensor.shape for name, tensor in tensors.items()},
-        other_tensors=tuple(name for name, tensor in tensors.items() if id(tensor) not in inside),
-        kept_layers=tuple(name for name in candidates if name not in selected),
-        parameters=count_parameters(pretrained),
-    )
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    others = tuple(name for name, tensor in tensors.items() if id(tensor) not in inside)
+    kept = tuple(name for name in candidates if name not in selected)
+    return Plan(layers, num_experts, shapes, others, kept, count_parameters(pretrained))
 
 
 def estimate_seconds(plan: Plan, factor: Callable[[Tensor, int], tuple[Tensor, ...]], workers: int) -> float:
-    """The time to factor all deltas by `factor(matrix, rank)`, in seconds.
-
-    Each worker factors noise, the hardest case, of each shape.
-    """
+    """The seconds to factor all deltas by `factor(matrix, rank)`: each worker factors noise, the hardest case."""
     seconds: dict[tuple[int, int, int], float] = {}
     shapes = [(layer.out_features, layer.in_features, layer.rank) for layer in plan.layers]
-    for shape in dict.fromkeys(shapes):
-        if shape[2] > 0:
-            noise = torch.randn(shape[:2])
-            began = time.perf_counter()
-            list(map_in_parallel(lambda rank: partial(factor, noise, rank), [shape[2]] * workers, workers))  # noqa: B023
-            seconds[shape] = (time.perf_counter() - began) / workers
+    for shape in dict.fromkeys(shape for shape in shapes if shape[2] > 0):
+        noise, began = torch.randn(shape[:2]), time.perf_counter()
+        list(map_in_parallel(lambda rank: partial(factor, noise, rank), [shape[2]] * workers, workers))  # noqa: B023
+        seconds[shape] = (time.perf_counter() - began) / workers
     return plan.num_experts * sum(seconds.get(shape, 0.0) for shape in shapes)
 
 
 def check_expert(plan: Plan, name: str, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Refuse an expert that does not have exactly the pretrained model's tensors.
-
-    Raises:
-        PlanError: It names the expert, the tensor, and the difference.
-    """
+    """Raise PlanError, which names the difference, unless an expert has exactly the pretrained model's tensors."""
     missing = [key for key in plan.tensors if key not in shapes]
     extra = [key for key in shapes if key not in plan.tensors]
     parts = [f"{len(missing)} tensors missing (first: {missing[0]})"] if missing else []
@@ -217,11 +192,7 @@ def check_expert(plan: Plan, name: str, shapes: Mapping[str, Sequence[int]]) -> 
 
 
 def check_finite(tensor: Tensor, name: str, label: str) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        PlanError: It names the model by `label`, and the tensor by `name`.
-    """
+    """Raise PlanError if a tensor, called `name` in the model `label`, holds NaN or infinity."""
     if not tensor.is_floating_point():
         return
     # the sum is many times faster to check; one NaN or infinity spoils it, and it may also overflow

@@ -10,29 +10,17 @@ from ..exceptions import ConfigError
 
 @dataclass(frozen=True)
 class LayerSpectra:
-    """The spectra of one layer's deltas, and the cost of their directions.
+    """The spectra of one layer's deltas, and the cost of their directions."""
 
-    Attributes:
-        name: The layer's name.
-        in_features: Size of the input.
-        out_features: Size of the output.
-        energies: For each expert the squared singular values of its available directions, in descending order.
-        gate_ranks: For each expert the number of router rows.
-        shared_router: The router rows are directions; their right singular vectors cost nothing more.
-        weight_energy: ‖W₀‖².
-        num_bias_parameters: Parameters of the experts' biases.
-        scales_per_row: Parameters beside each stored row: 1 for int8.
-    """
-
-    name: str
+    name: str  # of the layer
     in_features: int
     out_features: int
-    energies: tuple[tuple[float, ...], ...]
-    gate_ranks: tuple[int, ...]
-    shared_router: bool
-    weight_energy: float
-    num_bias_parameters: int = 0
-    scales_per_row: int = 0
+    energies: tuple[tuple[float, ...], ...]  # of each expert's available directions: descending squared singular values
+    gate_ranks: tuple[int, ...]  # the number of router rows of each expert
+    shared_router: bool  # the router rows are directions; their right singular vectors cost nothing more
+    weight_energy: float  # ‖W₀‖²
+    num_bias_parameters: int = 0  # parameters of the experts' biases
+    scales_per_row: int = 0  # parameters beside each stored row: 1 for int8
 
     def cost(self, expert: int, direction: int) -> int:
         """Parameters of an expert's direction with this index."""
@@ -53,14 +41,12 @@ class LayerSpectra:
 def allocate(layers: Sequence[LayerSpectra], budget: int, allocation: Allocation) -> list[list[int]]:
     """The rank of each expert in each layer, with at most `budget` parameters in all.
 
-    Every expert has its router rows, and at least as many directions. The rest buys further directions, one at a time:
+    Every expert has its router rows, and at least as many directions. Raises ConfigError if the budget is too small for
+    them. The rest buys further directions, one at a time:
 
     - ``"uniform"``: as nearly the same rank everywhere as the budget allows;
     - ``"energy"``: directions with the most energy sᵢⱼ² for a parameter first;
     - ``"gain"``: the same, with energies relative to ‖W₀‖², the relative change of the layer.
-
-    Raises:
-        ConfigError: The budget is too small for the router rows.
     """
     remaining = budget - sum(layer.min_parameters for layer in layers)
     if remaining < 0:
@@ -69,9 +55,12 @@ def allocate(layers: Sequence[LayerSpectra], budget: int, allocation: Allocation
     heap: list[tuple[float, int, int]] = []
 
     def push(i: int, expert: int) -> None:
-        """Add an expert's next direction in layer i, if it has one."""
-        if ranks[i][expert] < len(layers[i].energies[expert]):
-            heapq.heappush(heap, (_priority(layers[i], expert, ranks[i][expert], allocation), i, expert))
+        """Add an expert's next direction in layer i, if it has one. The smallest priority comes first."""
+        layer, direction = layers[i], ranks[i][expert]
+        if direction < len(layer.energies[expert]):
+            gain = layer.energies[expert][direction] / layer.cost(expert, direction)
+            relative_gain = gain / (layer.weight_energy if allocation == "gain" else 1.0)
+            heapq.heappush(heap, (float(direction) if allocation == "uniform" else -relative_gain, i, expert))
 
     for i, layer_ranks in enumerate(ranks):
         for expert in range(len(layer_ranks)):
@@ -84,14 +73,6 @@ def allocate(layers: Sequence[LayerSpectra], budget: int, allocation: Allocation
             ranks[i][expert] += 1
             push(i, expert)
     return ranks
-
-
-def _priority(layer: LayerSpectra, expert: int, direction: int, allocation: Allocation) -> float:
-    """The smallest comes first."""
-    if allocation == "uniform":
-        return float(direction)
-    gain = layer.energies[expert][direction] / layer.cost(expert, direction)
-    return -gain / (layer.weight_energy if allocation == "gain" else 1.0)
 
 
 def summarize_ranks(layers: Sequence[LayerSpectra], ranks: Sequence[Sequence[int]]) -> dict[str, str]:

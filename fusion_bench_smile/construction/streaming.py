@@ -6,14 +6,13 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from ..config import SmileConfig
 from ..exceptions import ConfigError, PlanError
@@ -27,7 +26,7 @@ from ..nn import ExpertLayout, store_tensors
 from .factor_cache import FactorCache
 from .factorize import Factorizer, add_to_sum, open_experts, read_finite
 from .layer_factors import LayerFactors
-from .plan import LayerPlan, Plan, check_expert, make_plan
+from .plan import LayerPlan, check_expert, make_plan
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +55,10 @@ def upscale_to_folder(
         CheckpointError: Nothing can be written to `folder`.
     """
     config, pretrained, folder = SmileConfig.resolve(config, options), Path(pretrained), Path(folder)
-    _check_streamable(config)
-    stream = _open(pretrained, experts, config, factor_cache)
+    for name in ("param_ratio", "expert_parameters", "noise_baseline"):
+        if getattr(config, name) != getattr(SmileConfig, name):  # it is not the default
+            raise ConfigError(f"{name}={getattr(config, name)} needs the whole model in memory: use upscale and save")
+    stream = _Stream(pretrained, experts, config, factor_cache)
     with replace_folder_atomically(folder, carry=is_companion) as scratch:
         writer = ShardWriter(scratch, max_shard_bytes)
         for name, tensor in stream.tensors():
@@ -72,59 +73,38 @@ def upscale_to_folder(
     log.info("wrote %d upscaled layers to %s, %d files", len(metadata.layouts), folder, writer.num_files)
 
 
-def _check_streamable(config: SmileConfig) -> None:
-    """Refuse options that need the whole model, or the spectra of all layers, at once."""
-    needs_whole_model = {
-        "param_ratio": config.param_ratio is not None,
-        "expert_parameters": config.expert_parameters != "layers",
-        "noise_baseline": config.noise_baseline,
-    }
-    for name, is_set in needs_whole_model.items():
-        if is_set:
-            raise ConfigError(f"{name}={getattr(config, name)} needs the whole model in memory: use upscale and save")
-
-
-def _open(
-    folder: Path, experts: Mapping[str, ExpertSource], config: SmileConfig, factor_cache: FactorCache | None
-) -> _Stream:
-    """Plan the upscaling with a model without weights, and open all files."""
-    model_config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = architecture(folder, model_config.architectures)._from_config(model_config)
-    model.tie_weights()
-    plan, aliases = make_plan(model, len(experts), config), tied_names(model)
-    shapes = {name: tuple(shape) for name, shape in plan.tensors.items()}
-    pretrained = SafetensorsSource(folder, like=shapes, aliases=aliases)
-    check_expert(plan, "_pretrained_", pretrained.shapes())
-    sources = open_experts(plan, experts, pretrained, aliases)
-    for name, source in sources.items():
-        if source is None:
-            raise PlanError(f"expert {name!r} is no folder or file: upscaling to disk reads tensor by tensor")
-    factorizer = Factorizer(config, len(experts) > 1, factor_cache, plan.num_workers(config.compute_device))
-    return _Stream(plan, model, pretrained, cast("dict[str, Source]", sources), factorizer)
-
-
-@dataclass
 class _Stream:
     """The tensors of an upscaled checkpoint, one after the other, and its metadata at the end."""
 
-    plan: Plan
-    model: PreTrainedModel
-    pretrained: Source
-    experts: Mapping[str, Source]
-    factorizer: Factorizer
-    layouts: dict[str, ExpertLayout] = field(default_factory=dict)
-    energy: dict[str, list[float]] = field(default_factory=dict)
-    digests: list[list[str]] = field(default_factory=list)
-    added_parameters: int = 0
+    def __init__(
+        self, folder: Path, experts: Mapping[str, ExpertSource], config: SmileConfig, factor_cache: FactorCache | None
+    ) -> None:
+        """Plan the upscaling with a model without weights, and open all files."""
+        model_config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            self.model = architecture(folder, model_config.architectures)._from_config(model_config)
+        self.model.tie_weights()
+        self.plan, self.aliases = make_plan(self.model, len(experts), config), tied_names(self.model)
+        shapes = {name: tuple(shape) for name, shape in self.plan.tensors.items()}
+        self.pretrained = SafetensorsSource(folder, like=shapes, aliases=self.aliases)
+        check_expert(self.plan, "_pretrained_", self.pretrained.shapes())
+        sources = open_experts(self.plan, experts, self.pretrained, self.aliases)
+        if loaded := [name for name, source in sources.items() if source is None]:
+            raise PlanError(f"expert {loaded[0]!r} is no folder or file: upscaling to disk reads tensor by tensor")
+        self.experts = cast("dict[str, Source]", sources)
+        workers = self.plan.num_workers(config.compute_device)
+        self.factorizer = Factorizer(config, len(experts) > 1, factor_cache, workers)
+        self.layouts: dict[str, ExpertLayout] = {}
+        self.energy: dict[str, list[float]] = {}
+        self.digests: list[list[str]] = []
+        self.added_parameters = 0
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of everything that the checkpoint holds."""
-        tied = tied_names(self.model)
 
         def stored_name(name: str) -> str:
             """The name of a tied tensor that transformers expects in a checkpoint."""
-            return next((n for n in (name, *tied.get(name, ())) if not is_tied(self.model, n)), name)
+            return next((n for n in (name, *self.aliases.get(name, ())) if not is_tied(self.model, n)), name)
 
         for name in dict.fromkeys(stored_name(name) for name in self.plan.other_tensors):
             yield name, self._other_tensor(name)
@@ -166,11 +146,7 @@ class _Stream:
 
 
 class ShardWriter:
-    """Writes tensors to safetensors files of bounded size. The index comes last: a partial checkpoint has none.
-
-    Attributes:
-        num_files: The number of files that were written.
-    """
+    """Writes tensors to safetensors files of bounded size. The index comes last: a partial checkpoint has none."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder, self._max_bytes = folder, max_bytes

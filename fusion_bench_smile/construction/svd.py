@@ -18,19 +18,12 @@ BLOCK = 16
 
 
 class Factors(NamedTuple):
-    """Factors of a matrix, ΔW ≈ up @ down (arXiv 2408.10174, section 4); s descends, and a truncation is a prefix.
+    """Factors of a matrix, ΔW ≈ up @ down (arXiv 2408.10174, section 4); s descends, and a truncation is a prefix."""
 
-    Attributes:
-        up: (out, r), left singular vectors times singular values.
-        down: (r, in), right singular vectors, orthonormal rows.
-        s: (r,), singular values.
-        norm: (), the Frobenius norm ‖ΔW‖, of all directions, kept or not.
-    """
-
-    up: Tensor
-    down: Tensor
-    s: Tensor
-    norm: Tensor
+    up: Tensor  # (out, r), left singular vectors times singular values
+    down: Tensor  # (r, in), right singular vectors, orthonormal rows
+    s: Tensor  # (r,), singular values
+    norm: Tensor  # (), the Frobenius norm ‖ΔW‖, of all directions, kept or not
 
     @property
     def rank(self) -> int:
@@ -91,9 +84,7 @@ def low_rank_svd(b: Tensor, a: Tensor, rank: int | None = None) -> Factors:
     """The singular triples of b @ a without forming the product: QR of both thin factors, SVD of the small core.
 
     For LoRA, `b` (out, r) is B times its scaling, and `a` (r, in) is A. A `rank` of None keeps the numerical rank.
-
-    Raises:
-        ValueError: The shapes cannot be multiplied.
+    Raises ValueError if the shapes cannot be multiplied.
     """
     if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0]:
         raise ValueError(f"factors of the shapes {tuple(b.shape)} and {tuple(a.shape)} can't be multiplied")

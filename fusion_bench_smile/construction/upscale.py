@@ -16,9 +16,9 @@ from ..io.metadata import describe_model
 from ..io.transformers_hook import attach_metadata
 from ..nn import Prototypes
 from .assemble import Differences, replace_layers, set_averages, set_routing, stack_differences
-from .distributed import WorkPartition
 from .factor_cache import FactorCache
 from .factorize import FactorizedExperts, Factorizer, ProgressCallback, factorize_experts, open_experts
+from .parallel import WorkPartition
 from .plan import Plan, allocate_ranks, make_plan
 from .rank_allocation import LayerSpectra, summarize_ranks
 
@@ -41,18 +41,16 @@ def upscale(
 
     Args:
         pretrained: The pretrained model. It is copied, not modified, unless `in_place` is set.
-        experts: Name → fine-tuned model; the experts of a sequence get the names "0", "1", …. An expert is a module, a
-            state dict, a folder with safetensors files (read tensor by tensor), a PEFT LoRA adapter (never merged), or
-            a function that loads one of these. A function is called once, and its result is dropped before the next
-            one is called.
+        experts: Name → fine-tuned model; those of a sequence are called "0", "1", …. An expert is a module, a state
+            dict, a folder with safetensors files (read tensor by tensor), a PEFT LoRA adapter (never merged), or a
+            function that loads one of these: it is called once, and its result is dropped before the next one's call.
         config: The options; alternatively they are given as keywords (``k=16``).
         factor_cache: A cache of factors. None factors everything.
         share_work: Divide the work among the processes of torch.distributed's default group. All of them must call this
             function with the same models, and all get the same model.
         in_place: Build in `pretrained` itself, which saves a copy. Invalid arguments are refused before it is modified.
         calibration: Reserve parameters of a `param_ratio` for `calibrate` with so many inputs of each task.
-        on_progress: Called after each (expert, layer) pair with the number of pairs that this process has factored and
-            has to factor.
+        on_progress: Called after each (expert, layer) pair with the number of pairs done and in all, by this process.
         options: The fields of `SmileConfig`.
 
     Raises:
@@ -106,21 +104,17 @@ def fit_ranks(
 ) -> None:  # fmt: skip
     """Gather the factors of all layers in every process, and truncate them to the ranks within `param_ratio`.
 
-    Raises:
-        ConfigError: The budget without the `reserved` parameters is too small for the router rows.
+    Raises ConfigError if the budget without the `reserved` parameters is too small for the router rows.
     """
     spectra = []
     for layer in plan.layers:
-        factors = factorized.gather_layer(layer.name, plan.num_experts, partition)
-        factorized.layers[layer.name] = factors
+        factors = factorized.layers[layer.name] = factorized.gather_layer(layer.name, plan.num_experts, partition)
         weight = cast(Tensor, pretrained.get_submodule(layer.name).weight)
-        spectra.append(
-            LayerSpectra(
-                layer.name, layer.in_features, layer.out_features, factors.squared_singular_values(),
-                tuple(expert.gate_rank for expert in factors.experts), config.routing_use_diff,
-                float(weight.double().square().sum()), factors.num_bias_parameters, int(config.storage == "int8"),
-            )
-        )  # fmt: skip
+        spectra.append(LayerSpectra(
+            layer.name, layer.in_features, layer.out_features, factors.squared_singular_values(),
+            tuple(expert.gate_rank for expert in factors.experts), config.routing_use_diff,
+            float(weight.double().square().sum()), factors.num_bias_parameters, int(config.storage == "int8"),
+        ))  # fmt: skip
     ranks = allocate_ranks(spectra, plan.parameters, config, reserved)
     summary = "; ".join(f"{kind} {text}" for kind, text in summarize_ranks(spectra, ranks).items())
     log.info("ranks by allocation=%s: %s", config.allocation, summary)

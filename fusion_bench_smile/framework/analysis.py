@@ -21,17 +21,15 @@ from torch import Tensor, nn
 from .. import analysis as studies
 from ..analysis import figures
 from ..construction import upscale
-from ..io import ExpertSource, write_text_atomically
+from ..io import ExpertSource, write_atomically
 from ..nn import count_parameters
 from ..reports import save_figure, task_results
-from .individual import single_task_config
 from .model_pools import PRETRAINED, expert_source, load_model
+from .program import single_task_config
 
 log = logging.getLogger(__name__)
 
-Tables = dict[str, pd.DataFrame]
-Figures = dict[str, Figure]
-Results = tuple[Tables, Figures]
+Results = tuple[dict[str, pd.DataFrame], dict[str, Figure]]  # tables and figures, by name
 
 
 class Study(LightningFabricMixin, BaseAlgorithm):
@@ -46,6 +44,7 @@ class Study(LightningFabricMixin, BaseAlgorithm):
     """
 
     _config_mapping = BaseAlgorithm._config_mapping | {"output": "output"}
+    _program: Any  # of the run, set by the framework
 
     def __init__(
         self, *, output: str | None = None, gate_k: int = 16, k: int = 16, batches: int = 2, target: float = 0.95
@@ -57,22 +56,27 @@ class Study(LightningFabricMixin, BaseAlgorithm):
     def run(self, modelpool: BaseModelPool) -> None:
         """Run the study and write its tables and figures.
 
-        Raises:
-            SmileError: for models that can't be upscaled together, or a task pool without the tasks of the experts.
+        Raises SmileError for models that can't be upscaled together, or a task pool without the tasks of the experts.
         """
         self.pool = modelpool
         self.pretrained = load_model(modelpool, PRETRAINED).eval()
         self.names = list(modelpool.model_names)
         self.experts = {name: expert_source(modelpool, name, self.pretrained) for name in self.names}
         tables, drawn = self.study()
-        if self.fabric.is_global_zero:
-            self._write(Path(self.output or self.log_dir or "."), tables, drawn)
+        if not self.fabric.is_global_zero:
+            return
+        folder = Path(self.output or self.log_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, table in tables.items():
+            csv = table.to_csv(index=not isinstance(table.index, pd.RangeIndex))
+            write_atomically(folder / f"{name}.csv", csv)
+        for name, figure in drawn.items():
+            save_figure(figure, folder / name)
+        log.info("written to %s: %s", folder, ", ".join([*(f"{n}.csv" for n in tables), *(f"{n}.png" for n in drawn)]))
 
     @abstractmethod
     def study(self) -> Results:
         """The tables and figures of the study, by name."""
-
-    # -- helpers of studies
 
     def upscaled(self, experts: Mapping[str, ExpertSource] | None = None, **options: Any) -> nn.Module:
         """An upscaled model of some experts, or all. Options are those of `SmileConfig`; the study sets the ranks."""
@@ -86,9 +90,8 @@ class Study(LightningFabricMixin, BaseAlgorithm):
     def task_pool(self, task: str) -> Any:
         """The task pool of the run with one task alone."""
         if task not in self._task_pools:
-            program: Any = self._program
-            config = getattr(program, "_taskpool", None) or DictConfig({})
-            self._task_pools[task] = program._instantiate_and_setup(single_task_config(config, task))
+            config = getattr(self._program, "_taskpool", None) or DictConfig({})
+            self._task_pools[task] = self._program._instantiate_and_setup(single_task_config(config, task))
         return self._task_pools[task]
 
     def score(self, model: nn.Module, task: str) -> float:
@@ -97,21 +100,11 @@ class Study(LightningFabricMixin, BaseAlgorithm):
 
     def scores(self, model: nn.Module) -> dict[str, float]:
         """The scores of a model on all tasks, in percent; NaN where undefined."""
-        program: Any = self._program
-        return _scores(program.taskpool.evaluate(model))
+        return _scores(self._program.taskpool.evaluate(model))
 
     def calls(self, task: str) -> list[studies.ModelCall]:
         """The first calls of a model in the evaluation of a task."""
         return studies.capture_calls(self.pretrained, self.task_pool(task).evaluate, self.batches)
-
-    def _write(self, folder: Path, tables: Tables, drawn: Figures) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, table in tables.items():
-            csv = table.to_csv(index=not isinstance(table.index, pd.RangeIndex))
-            write_text_atomically(folder / f"{name}.csv", csv)
-        for name, figure in drawn.items():
-            save_figure(figure, folder / name)
-        log.info("written to %s: %s", folder, ", ".join([*(f"{n}.csv" for n in tables), *(f"{n}.png" for n in drawn)]))
 
 
 class SubspaceEnergy(Study):
@@ -168,25 +161,11 @@ class RoutingStudy(Study):
         matrix, accuracy, load = studies.confusion(table), studies.layer_accuracy(table), studies.layer_load(table)
         entropy = table.groupby("layer", sort=False)["entropy"].mean()
         by_layer = load.add_prefix("load of ").assign(accuracy=accuracy, entropy=entropy)
-        gates = studies.coinciding_gates(model, self.names)
         curves = figures.layer_curves(accuracy, load, entropy)
         drawn = {"routing_confusion": figures.confusion(matrix), "routing_layers": curves}
-        tables = {"routing": table, "routing_confusion": matrix, "routing_layers": by_layer, "routing_gates": gates}
-        return tables, drawn | self._token_maps(model, calls, list(accuracy.index))
-
-    def _token_maps(self, model: nn.Module, calls: Mapping[str, list[studies.ModelCall]], layers: list[str]) -> Figures:
-        """The experts of all patches of one image of each task, in four layers; no figure if inputs are no images."""
-        first = [task_calls[0] for task_calls in calls.values()]
-        images = [image[0] for image in map(_images_of, first) if image is not None]
-        if len(images) < len(first):
-            return {}
-        choices = {}
-        for layer in _four_layers(layers):
-            experts = [studies.token_choices(model, call, layer)[0] for call in first]
-            # the class token comes before the patches
-            patches = [tokens[len(tokens) - math.isqrt(len(tokens)) ** 2 :] for tokens in experts]
-            choices[_short_name(layer)] = torch.stack(patches)
-        return {"routing_tokens": figures.token_maps(torch.stack(images), choices, self.names, list(calls))}
+        tables = {"routing": table, "routing_confusion": matrix, "routing_layers": by_layer}
+        tables["routing_gates"] = studies.coinciding_gates(model, self.names)
+        return tables, drawn | _token_maps(model, calls, list(accuracy.index))
 
 
 class ErrorAccumulation(Study):
@@ -196,8 +175,8 @@ class ErrorAccumulation(Study):
         """Table and figure ``error_accumulation``."""
         model, tables = self.upscaled(), []
         for task in self.names:
-            alone = self.upscaled({task: self.experts[task]})
-            models = {"SMILE": model, "its own expert alone": alone, "pretrained": self.pretrained}
+            oracle = self.upscaled({task: self.experts[task]})
+            models = {"SMILE": model, "oracle routing": oracle, "pretrained": self.pretrained}
             errors = studies.error_accumulation(self.individual(task), models, self.calls(task))
             tables.append(errors.assign(task=task))
         return _with_figure("error_accumulation", pd.concat(tables, ignore_index=True), figures.error_accumulation)
@@ -248,8 +227,7 @@ def _with_figure(name: str, table: pd.DataFrame, draw: Callable[[pd.DataFrame], 
 
 def _scores(report: Any) -> dict[str, float]:
     """Task → score in the report of a task pool, in percent; NaN where undefined."""
-    results = task_results(report)
-    return {task: float("nan") if result.score is None else result.score for task, result in results.items()}
+    return {task: math.nan if each.score is None else each.score for task, each in task_results(report).items()}
 
 
 def _smaller_ranks(rank: int) -> list[int]:
@@ -263,6 +241,22 @@ def _with_average(rows: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     return table.assign(average=table.mean(axis=1))
 
 
+def _token_maps(model: nn.Module, calls: Mapping[str, list[studies.ModelCall]], layers: list[str]) -> dict[str, Figure]:
+    """The experts of all patches of one image of each task, in four layers; no figure if inputs are no images."""
+    first = [task_calls[0] for task_calls in calls.values()]
+    images = [image[0] for image in map(_images_of, first) if image is not None]
+    if len(images) < len(first):
+        return {}
+    choices = {}
+    for layer in _four_layers(layers):
+        experts = [studies.token_choices(model, call, layer)[0] for call in first]
+        # the class token comes before the patches
+        patches = [tokens[len(tokens) - math.isqrt(len(tokens)) ** 2 :] for tokens in experts]
+        *path, last = layer.split(".")
+        choices[".".join([*filter(str.isdigit, path), last])] = torch.stack(patches)  # by a short name, e.g. 3.fc1
+    return {"routing_tokens": figures.token_maps(torch.stack(images), choices, list(calls), list(calls))}
+
+
 def _images_of(call: studies.ModelCall) -> Tensor | None:
     """The images (batch, channels, height, width) of a model call; None if there are none."""
     values = (value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor))
@@ -273,9 +267,3 @@ def _four_layers(layers: list[str]) -> list[str]:
     """Four layers from first to last: the first linear layers of MLPs, or any layers of a model without them."""
     mlp_layers = [name for name in layers if name.endswith(("fc1", "intermediate.dense"))] or layers
     return list(dict.fromkeys(mlp_layers[round(place * (len(mlp_layers) - 1) / 3)] for place in range(4)))
-
-
-def _short_name(layer: str) -> str:
-    """The number of the block and the last part of a layer's name, e.g. ``3.fc1``."""
-    *path, last = layer.split(".")
-    return ".".join([*(part for part in path if part.isdigit()), last])

@@ -8,7 +8,6 @@ from hydra.types import RunMode
 from ..exceptions import SmileError
 
 log = logging.getLogger(__name__)
-
 COMMAND_LINE = "fusion_bench.scripts.cli"  # the framework's module, and the name of its logger
 
 
@@ -18,9 +17,7 @@ def exit_on_smile_error(record: logging.LogRecord) -> bool:
     The framework logs the exception that ends a run with a traceback, and raises it again for Hydra, which prints the
     traceback a second time. This filter logs the message alone and exits before that. In a sweep the exception is
     passed on, so that the launcher records it and the other jobs run. All other records are logged as they are.
-
-    Raises:
-        SystemExit: for a `SmileError` that ends a single run.
+    Raises SystemExit for a `SmileError` that ends a single run.
     """
     error = record.exc_info[1] if record.exc_info else None
     single_run = HydraConfig.initialized() and HydraConfig.get().mode != RunMode.MULTIRUN

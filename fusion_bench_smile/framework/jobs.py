@@ -1,9 +1,7 @@
-"""Jobs of a sweep: reports of earlier runs, and subprocesses for jobs with several processes."""
+"""Jobs of a sweep: reports of earlier runs, and the command lines of jobs with several processes."""
 
 import os
-import subprocess
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +39,7 @@ def needs_subprocess(fabric: DictConfig | None) -> bool:
     return str(settings.get("devices", 1)) != "1" or int(settings.get("num_nodes") or 1) > 1
 
 
-def run_in_subprocess(folder: Path, fingerprint: str, started: datetime) -> tuple[int, RunReport | None]:
-    """Run this job of a sweep as a command line with files in `folder`, Hydra's output folder of the job.
-
-    Returns:
-        The exit code, and the report of the run; None if it wrote none after `started`.
-    """
-    # within Slurm Fabric would wait for the tasks of the Slurm job, which is one task: Fabric launches the processes
-    environment = {**os.environ, "SLURM_JOB_NAME": "interactive"}
-    code = subprocess.run(_command(folder), check=False, env=environment).returncode
-    report = report_in(folder, fingerprint)
-    return code, report if report is not None and report.finished >= started else None
-
-
-def _command(folder: Path) -> list[str]:
+def command_of_job(folder: Path) -> list[str]:
     """The command line of this job, as a single run."""
     hydra = HydraConfig.get()
     folders = {source.provider: source.path for source in hydra.runtime.config_sources}

@@ -21,9 +21,8 @@ from .. import construction
 from ..config import SmileConfig, check_keys
 from ..exceptions import PlanError
 from ..io import ExpertSource, check_writable_folder, is_checkpoint, load, metadata_of, save
-from .calibration_data import calibration_inputs
 from .jobs import process_rank
-from .model_pools import PRETRAINED, expert_source, load_model
+from .model_pools import PRETRAINED, calibration_inputs, expert_source, load_model
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +71,8 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
             SmileError: for models that can't be upscaled, loaded or saved; see `upscale`, `load` and `save`.
         """
         pool = _as_pool(modelpool)
-        _save_as_checkpoint(pool)
+        if type(pool).save_model is BaseModelPool.save_model:  # it pickles tensors; ``merged_model_save_path`` calls it
+            pool.save_model = lambda model, path, *_, **__: save(model, path)  # type: ignore[method-assign]
         self._check_output_folders()
         if self.model_path is not None and self._on_all_ranks(is_checkpoint(self.model_path)):
             log.info("loading the upscaled model from %s", self.model_path)
@@ -154,9 +154,3 @@ def _as_pool(models: BaseModelPool | Mapping[str, nn.Module] | Sequence[nn.Modul
     if isinstance(models, (Mapping, DictConfig)):
         return BaseModelPool(dict(models))
     return BaseModelPool({PRETRAINED if i == 0 else str(i - 1): model for i, model in enumerate(models)})
-
-
-def _save_as_checkpoint(pool: BaseModelPool) -> None:
-    """Make a pool that would pickle tensors write a checkpoint: ``merged_model_save_path`` calls its `save_model`."""
-    if type(pool).save_model is BaseModelPool.save_model:
-        pool.save_model = lambda model, path, *_, **__: save(model, path)  # type: ignore[method-assign]

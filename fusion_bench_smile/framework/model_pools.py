@@ -1,7 +1,8 @@
-"""Entries of a model pool as the laziest source for `upscale`: weight files, a LoRA adapter, or the loaded model."""
+"""Entries of a model pool as the laziest sources (weight files, LoRA adapter, model), and its calibration inputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from fusion_bench.modelpool.base_pool import BaseModelPool
 from huggingface_hub import try_to_load_from_cache
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from .. import io
 from ..exceptions import PlanError, SmileError
@@ -20,6 +21,10 @@ LORA_LOADER = "fusion_bench.modelpool.seq2seq_lm.modelpool.load_lora_model"
 # options of ``from_pretrained`` that leave the tensors of the files as they are, up to their dtype
 PLAIN_OPTIONS = {"_target_", "pretrained_model_name_or_path", "torch_dtype", "dtype"}
 FULL_PRECISION = {"float32", "float", "float64"}
+BATCH_SIZE = 32
+# input of a model → what goes with it
+INPUTS = {"pixel_values": (), "input_ids": ("attention_mask", "token_type_ids")}
+ModelInputs = dict[str, Tensor]
 
 
 def expert_source(pool: BaseModelPool, name: str, pretrained: nn.Module) -> io.ExpertSource:
@@ -31,9 +36,7 @@ def expert_source(pool: BaseModelPool, name: str, pretrained: nn.Module) -> io.E
     - All other entries become a function that loads the model. Among them are entries whose loader would convert the
       files to another dtype than that of the pretrained model.
 
-    Raises:
-        PlanError: for files that can't be read.
-        SmileError: for arguments that the loader's `lazy_source` refuses.
+    Raises PlanError for files that can't be read, SmileError for arguments that the loader's `lazy_source` refuses.
     """
     entry = pool._models[name]
     if isinstance(entry, nn.Module):
@@ -44,12 +47,7 @@ def expert_source(pool: BaseModelPool, name: str, pretrained: nn.Module) -> io.E
 
 
 def load_model(pool: BaseModelPool, name: str) -> nn.Module:
-    """A model of a pool, loaded by the framework.
-
-    Raises:
-        PlanError: naming the entry that can't be loaded.
-        SmileError: raised by the entry's loader.
-    """
+    """A pool's model, loaded by the framework. Raises PlanError with the entry's name, or the loader's SmileError."""
     entry = pool._models[name]
     path = str(_options_of(entry).get("pretrained_model_name_or_path") or "")
     if path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().exists():
@@ -136,3 +134,50 @@ def _local_folder(path: str, cached_files: Sequence[str]) -> Path:
     folder = Path(path).expanduser()
     cached = [] if folder.is_dir() else [try_to_load_from_cache(path, name) for name in cached_files]
     return next((Path(file).parent for file in cached if isinstance(file, str)), folder)
+
+
+def calibration_inputs(pool: BaseModelPool, experts: Sequence[str], count: int) -> dict[str, list[ModelInputs]]:
+    """Unlabelled inputs of each expert's training set, for `calibrate`: expert → batches of keyword arguments.
+
+    The same `count` examples are drawn in every run. An example has what the model takes (``pixel_values``,
+    ``input_ids``), or an image in a pool with a processor.
+    Raises PlanError naming the expert without training set, or with examples of an unknown form.
+    """
+    inputs = {}
+    for expert in experts:
+        if expert not in (getattr(pool, "_train_datasets", None) or {}):
+            raise PlanError(
+                f"calibration={count} needs train_datasets.{expert} in the model pool, from which it draws inputs; "
+                "add it, or use calibration=0"
+            )
+        dataset: Any = pool.load_train_dataset(expert)
+        numbers = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
+        inputs[expert] = list(_batches([model_inputs(pool, dataset[number], expert) for number in numbers]))
+    return inputs
+
+
+def model_inputs(pool: BaseModelPool, example: Any, expert: str) -> ModelInputs:
+    """One training example as keyword arguments of the model, with a batch dimension of 1 and without its label.
+
+    An example is a mapping, or a pair of image and label. The pool's processor prepares images. Raises PlanError,
+    which names the expert, if the example has no known input.
+    """
+    values = example if isinstance(example, Mapping) else dict(zip(("image", "label"), example, strict=False))
+    for name, masks in INPUTS.items():
+        if name in values:
+            return {key: torch.as_tensor(values[key])[None] for key in (name, *masks) if key in values}
+    if "image" in values and hasattr(pool, "load_processor"):
+        return dict(pool.load_processor()(images=values["image"], return_tensors="pt"))
+    raise PlanError(
+        f"calibration: the training examples of {expert!r} have {', '.join(map(str, values))}; one of "
+        f"{', '.join(INPUTS)}, or an image in a pool with a processor is needed"
+    )
+
+
+def _batches(examples: Sequence[ModelInputs]) -> Iterator[ModelInputs]:
+    """Batches of neighbours with the same names and shapes, which need no padding."""
+    for _, group in groupby(examples, lambda example: [(name, value.shape) for name, value in example.items()]):
+        alike = list(group)
+        for start in range(0, len(alike), BATCH_SIZE):
+            batch = alike[start : start + BATCH_SIZE]
+            yield {name: torch.cat([example[name] for example in batch]) for name in batch[0]}

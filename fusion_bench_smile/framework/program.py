@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -9,24 +11,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fusion_bench.method.base_algorithm import BaseAlgorithm
+from fusion_bench.modelpool.base_pool import BaseModelPool
 from fusion_bench.programs.fabric_fusion_program import FabricModelFusionProgram
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .. import reports
-from ..exceptions import SmileError
-from ..io import write_text_atomically
+from ..exceptions import PlanError, SmileError
+from ..io import write_atomically
 from ..nn import count_bytes, count_parameters, routing_statistics
-from ..reports import REPORT_FILE, ResourceMeter, RunReport, TaskResult
-from .individual import IndividualModels, single_task_config
-from .jobs import needs_subprocess, process_rank, report_in, run_in_subprocess
+from ..reports import REPORT_FILE, LayerRouting, ResourceMeter, RunReport, TaskResult, average_of
+from .jobs import command_of_job, needs_subprocess, process_rank, report_in
 from .model_pools import PRETRAINED, load_model
 
 log = logging.getLogger(__name__)
 
 WITHOUT_EFFECT = ("device", "factor_cache", "upscaling_accelerator")  # options that leave a method's result as it is
 INTERPOLATION_KEYS = ("study", "tuned", "split")  # of the configuration, read by interpolations alone
+TASK_KEYS = ("test_datasets", "tasks")  # where task pools list their tasks: the framework's and ours
+
+
+class IndividualModels:
+    """The fine-tuned models of a pool, the reference for retention, loaded one at a time."""
+
+    def __init__(self, pool: BaseModelPool) -> None:
+        self._pool = pool
+
+    def items(self) -> Iterator[tuple[str, nn.Module]]:
+        """Load the models one after the other, as pairs of name and model; a PlanError names one that can't be loaded.
+
+        There is no `__iter__`: the framework evaluates every model of an iterable on all tasks.
+        """
+        for name in self._pool.model_names:
+            yield name, load_model(self._pool, name)
+
+
+class IndividualModelsAlgorithm(BaseAlgorithm):
+    """Returns the experts of a pool unchanged. `ReportingFusionProgram` evaluates each on the task of its name."""
+
+    def run(self, modelpool: BaseModelPool) -> IndividualModels:
+        """The experts of `modelpool`; nothing is loaded yet."""
+        return IndividualModels(modelpool)
 
 
 class ReportingFusionProgram(FabricModelFusionProgram):
@@ -56,8 +83,6 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         self.measurements: dict[str, Any] = {}
         self._meter = ResourceMeter()
 
-    # -- called by the framework
-
     def run(self) -> dict[str, Any]:
         """The result of the framework's program, with the written `RunReport`, or None, under ``run_report``."""
         folder = self.folder
@@ -84,17 +109,14 @@ class ReportingFusionProgram(FabricModelFusionProgram):
 
     def evaluate_merged_model(self, taskpool: Any, merged_model: Any, *args: Any, **kwargs: Any) -> Any:
         """The task pool's report of the model on all tasks, or of each individual model on its own task."""
-        report: Any
         meter = ResourceMeter()
         if isinstance(merged_model, IndividualModels):
-            report = self._evaluate_individual(merged_model)
+            report: Any = self._evaluate_individual(merged_model)
         else:
             with self._routing_recorded(merged_model):
                 report = super().evaluate_merged_model(taskpool, merged_model, *args, **kwargs)
         self.measurements["evaluation"] = meter.stop()
         return report
-
-    # -- parts of a run
 
     @property
     def folder(self) -> Path:
@@ -117,7 +139,7 @@ class ReportingFusionProgram(FabricModelFusionProgram):
             if report_save_path is not None:
                 file = Path(report_save_path.format(log_dir=folder))
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_text_atomically(file, json.dumps(result["report"], default=str))
+                write_atomically(file, json.dumps(result["report"], default=str))
             log.info("report: %s", report.write(folder))
         return {**result, "run_report": report}
 
@@ -129,14 +151,19 @@ class ReportingFusionProgram(FabricModelFusionProgram):
             return
         with routing_statistics(model) as statistics:
             yield
-        recorded = {name: layer for name, layer in statistics.items() if layer.tokens}
-        layers = {name: reports.LayerRouting(load=v.load, entropy=v.entropy) for name, v in recorded.items()}
+        layers = {name: LayerRouting(load=v.load, entropy=v.entropy) for name, v in statistics.items() if v.tokens}
         if layers:
             self.measurements["routing"] = reports.Routing(experts=list(self.modelpool.model_names), layers=layers)
 
     def _run_in_subprocess(self, folder: Path) -> dict[str, Any]:
+        """Run this job of a sweep as a command line with files in `folder`, Hydra's output folder of the job."""
         started = datetime.now(timezone.utc)
-        code, report = run_in_subprocess(folder, self._fingerprint(), started)
+        # within Slurm Fabric would wait for the tasks of the Slurm job, which is one: Fabric launches the processes
+        environment = {**os.environ, "SLURM_JOB_NAME": "interactive"}
+        code = subprocess.run(command_of_job(folder), check=False, env=environment).returncode
+        report = report_in(folder, self._fingerprint())
+        if report is not None and report.finished < started:
+            report = None
         if report is None and code:
             reason = f"the processes ended with exit code {code}; see their output"
             report = self._report(started, status="failed", error=reason)
@@ -163,15 +190,13 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         if not (tasks or task_report is None or "model_info" in task_report):
             log.warning("no %s: the report of the task pool is not that of one model on named tasks", REPORT_FILE)
             return None
-        average = reports.average_of(tasks)
-        report = self._report(started, status="complete", tasks=tasks, average=average, **self.measurements)
+        report = self._report(started, status="complete", tasks=tasks, average=average_of(tasks), **self.measurements)
         samples = [task.samples for task in tasks.values()]
         if report.evaluation is not None and None not in samples:
             report.samples_per_second = sum(filter(None, samples)) / report.evaluation.seconds
         if PRETRAINED in self.modelpool.all_model_names:
-            pretrained = load_model(self.modelpool, PRETRAINED)
-            report.pretrained_parameters = count_parameters(pretrained)
-            report.pretrained_bytes = count_bytes(pretrained)
+            model = load_model(self.modelpool, PRETRAINED)
+            report.pretrained_parameters, report.pretrained_bytes = count_parameters(model), count_bytes(model)
         individual = tasks if report.kind == "individual" else self._individual_tasks()
         report.retention = reports.retention_of(tasks, individual)
         report.objective = objective_of(report, self.budget)
@@ -214,6 +239,19 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         except reports.ReportError as error:
             log.info("individual=%s: %s; the report has no retention, the leaderboard adds it", path, error)
             return {}
+
+
+def single_task_config(taskpool: DictConfig, task: str) -> DictConfig:
+    """A copy of a task pool's configuration with one of its tasks alone. Raises PlanError if it has no such task."""
+    key = next((key for key in TASK_KEYS if key in taskpool), TASK_KEYS[0])
+    tasks = list(taskpool.get(key) or [])
+    if task not in tasks:
+        names = ", ".join(tasks) or "unknown"
+        raise PlanError(f"the task pool has no task of the expert {task!r}; its tasks are: {names}")
+    config = taskpool.copy()
+    OmegaConf.set_struct(config, False)
+    config[key] = {task: taskpool[key][task]}
+    return config
 
 
 def objective_of(report: RunReport, budget: float | None) -> float | None:

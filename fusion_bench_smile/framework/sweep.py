@@ -14,7 +14,3 @@ def main(config: DictConfig) -> float | None:
     result: Any = cli.main(config)  # type: ignore[func-returns-value]  # annotated as None
     report = result.get("run_report") if isinstance(result, dict) else None
     return None if report is None else report.objective
-
-
-if __name__ == "__main__":
-    main()

@@ -3,13 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .atomic import (
-    check_writable_folder,
-    replace_file_atomically,
-    replace_folder_atomically,
-    write_bytes_atomically,
-    write_text_atomically,
-)
+from .atomic import check_writable_folder, replace_file_atomically, replace_folder_atomically, write_atomically
 from .checkpoint import is_checkpoint, load, save
 from .metadata import Provenance, SmileMetadata
 from .safetensors_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_FILE, WEIGHTS_FILE, SafetensorsSource
@@ -26,7 +20,7 @@ __all__ = [
     "AdapterSource", "ExpertSource", "Provenance", "SafetensorsSource", "SmileMetadata", "Source", "StateDictSource",
     "check_writable_folder", "export_adapters", "is_checkpoint", "lazy_source", "load", "markdown_table", "metadata_of",
     "open_source", "replace_file_atomically", "replace_folder_atomically", "save", "tied_names",
-    "write_bytes_atomically", "write_text_atomically",
+    "write_atomically",
 ]  # fmt: skip
 LAZY = {"AdapterSource": "adapter_source", "export_adapters": "peft_export", "markdown_table": "tables"}
 

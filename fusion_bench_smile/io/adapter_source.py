@@ -30,9 +30,7 @@ class AdapterSource(Source):
 
     Supported settings: ``r``, ``lora_alpha``, ``use_rslora``, ``rank_pattern``, ``alpha_pattern``,
     ``modules_to_save``, ``bias``. A tensor depends on the pretrained model too, so it has no identity.
-
-    Raises:
-        PlanError: The adapter is of another kind (named), was made for another base model, or is damaged.
+    Raises PlanError if the adapter is of another kind (named), was made for another base model, or is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str], pretrained: Source) -> None:

@@ -14,8 +14,7 @@ from ..exceptions import CheckpointError
 def replace_file_atomically(file: Path) -> Iterator[Path]:
     """Yield a temporary path beside `file`, and rename it to `file` if the block succeeds.
 
-    Raises:
-        OSError: Nothing can be written there.
+    Raises OSError if nothing can be written there.
     """
     handle, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".part", dir=file.parent)
     os.close(handle)
@@ -29,15 +28,10 @@ def replace_file_atomically(file: Path) -> Iterator[Path]:
         raise
 
 
-def write_text_atomically(file: Path, text: str) -> None:
-    """Write a text file in UTF-8, as `write_bytes_atomically` does."""
-    write_bytes_atomically(file, text.encode("utf-8"))
-
-
-def write_bytes_atomically(file: Path, data: bytes) -> None:
-    """Write a file, complete or not at all. Raises as `replace_file_atomically`."""
+def write_atomically(file: Path, content: str | bytes) -> None:
+    """Write a file, complete or not at all; text in UTF-8. Raises as `replace_file_atomically`."""
     with replace_file_atomically(file) as scratch:
-        scratch.write_bytes(data)
+        scratch.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 @contextmanager
@@ -45,10 +39,7 @@ def replace_folder_atomically(folder: Path, carry: Callable[[str], bool] = lambd
     """Yield a new folder beside `folder`, and put it in the place of `folder` if the block succeeds.
 
     The old folder need not exist. Entries of it whose name `carry` accepts are copied into the new one if that has none
-    of the name.
-
-    Raises:
-        CheckpointError: Nothing can be written there.
+    of the name. Raises CheckpointError if nothing can be written there.
     """
     folder = Path(os.path.abspath(folder))
     check_writable_folder(folder)

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..exceptions import PlanError
+from ..nn.layer_types import SmileConv1D, SmileLinear
 from ..nn.layout import DENSE
-from ..nn.linear import SmileConv1D, SmileLinear
 from ..nn.routed import RoutedLayer, routed_layers
 from .atomic import replace_folder_atomically
 from .checkpoint import is_companion

@@ -56,9 +56,7 @@ def open_source(expert: Any, pretrained: Source, aliases: Mapping[str, tuple[str
     """The source of a module, state dict, folder or safetensors file; None for what has to be loaded first.
 
     A source is returned as it is. A folder holds a model or a PEFT adapter. For `aliases` see `SafetensorsSource`.
-
-    Raises:
-        PlanError: A folder or file cannot be read.
+    Raises PlanError if a folder or file cannot be read.
     """
     from .safetensors_source import ADAPTER_CONFIG, SafetensorsSource  # it builds on this module
 

@@ -22,8 +22,8 @@ from ..exceptions import CheckpointError
 from ..nn.attachment import attach_router
 from ..nn.expert_parameters import attach_expert_parameters
 from ..nn.input_router import InputRouter
+from ..nn.layer_types import routed_type_of
 from ..nn.prototypes import Prototypes
-from ..nn.registry import routed_type_of
 from .metadata import SmileMetadata
 from .safetensors_source import check_tensors
 
@@ -121,11 +121,7 @@ def attach_metadata(model: nn.Module, metadata: SmileMetadata) -> None:
 
 
 def metadata_of(model: nn.Module) -> SmileMetadata:
-    """The metadata of an upscaled model.
-
-    Raises:
-        CheckpointError: The model has none.
-    """
+    """The metadata of an upscaled model. Raises CheckpointError if the model has none."""
     if not isinstance(model, PreTrainedModel):
         metadata = getattr(model, "smile_metadata", None)
     else:

@@ -1,12 +1,10 @@
 """Leaderboards: the reports of runs as tables, figures and a web page."""
 
-from .boards import Board, arrange, boards, pareto
+from .boards import Board, Gathered, Run, Skipped, arrange, boards, gather, pareto
 from .command import leaderboard, show, write
 from .figures import family, rank_grid, rank_heatmaps, scatter, task_bars
-from .gather import Gathered, Run, Skipped, gather
-from .page import page
 from .published import Published, published_for
-from .tables import csv, latex, markdown, rich_table
+from .tables import csv, latex, markdown, page, rich_table
 
 __all__ = [
     "Board", "Gathered", "Published", "Run", "Skipped", "arrange", "boards", "csv", "family", "gather", "latex",

@@ -1,16 +1,19 @@
-"""Boards: one table for each benchmark, with one row for each run."""
+"""Boards: one table for each benchmark, with one row for each run that is found in some folders."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
 from ..exceptions import SmileError
-from ..reports import TaskResult, average_of, retention_of
-from .gather import Run
+from ..reports import REPORT_FILE, ReportError, RunReport, TaskResult, average_of, retention_of
 from .published import published_for
 
+OVERRIDES_FILE = "overrides.yaml"  # Hydra writes it at the start of a job
 MEASURED, PUBLISHED = "measured", "published"
 COLUMNS = {
     "average": "mean score of the tasks, in %",
@@ -25,27 +28,65 @@ OPTIONS = ("gate_k", "k", "top_k")
 ASCENDING = ("parameters", "bytes", "seconds", "memory", "method")  # sorted from small to large
 
 
+class Run(NamedTuple):
+    """A complete run: its folder and report."""
+
+    folder: Path
+    report: RunReport
+
+
+class Skipped(NamedTuple):
+    """The folder of a run that the leaderboard leaves out, and the reason."""
+
+    folder: Path
+    reason: str
+
+
+class Gathered(NamedTuple):
+    """The complete runs in some folders, the newest of each configuration, and all others."""
+
+    runs: list[Run]
+    skipped: list[Skipped]
+
+
 @dataclass
 class Board:
-    """All runs of one benchmark.
-
-    Attributes:
-        benchmark: Name of the benchmark.
-        tasks: Names of the tasks, in the order of the task pool.
-        table: One row for each run: ``method``, the scores of `tasks` in percent, `COLUMNS`, ``origin`` (``measured``
-            or ``published``), ``kind`` (``individual`` or ``merged``), `OPTIONS`, ``device`` and ``folder``.
-        notes: Remarks on the table.
-    """
+    """All runs of one benchmark."""
 
     benchmark: str
-    tasks: list[str]
+    tasks: list[str]  # in the order of the task pool
+    # one row for each run: ``method``, the scores of `tasks` in percent, `COLUMNS`, ``origin`` (``measured`` or
+    # ``published``), ``kind`` (``individual`` or ``merged``), `OPTIONS`, ``device`` and ``folder``
     table: pd.DataFrame
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # remarks on the table
 
     @property
     def measured(self) -> pd.DataFrame:
         """The rows of measured runs."""
         return self.table[self.table["origin"] == MEASURED]
+
+
+def gather(folders: Iterable[str | os.PathLike[str]]) -> Gathered:
+    """Read all reports in some folders and their subfolders.
+
+    The newest of several reports with the same benchmark and fingerprint is used.
+    Raises ReportError if a folder does not exist.
+    """
+    runs: dict[tuple[str, str], Run] = {}
+    skipped = []
+    for folder in sorted({folder for root in folders for folder in _run_folders(Path(root))}):
+        run = _read(folder)
+        if isinstance(run, Skipped):
+            skipped.append(run)
+            continue
+        key = (run.report.benchmark, run.report.fingerprint)
+        other = runs.setdefault(key, run)
+        if other is run:
+            continue
+        older, newer = (other, run) if other.report.finished < run.report.finished else (run, other)
+        runs[key] = newer
+        skipped.append(Skipped(older.folder, f"the same run as {newer.folder}, which is newer"))
+    return Gathered(list(runs.values()), skipped)
 
 
 def boards(runs: Iterable[Run], published: bool = True) -> list[Board]:
@@ -80,7 +121,7 @@ def arrange(board: Board, sort: str = "average", methods: Sequence[str] = (), wh
             raise SmileError(f"--where {where!r}: {error}; the columns are {', '.join(board.table.columns)}") from None
     if sort not in table.columns:
         raise SmileError(f"--sort {sort}: the columns are {', '.join(board.table.columns)}")
-    ordered = table.sort_values(sort, ascending=sort in ASCENDING, na_position="last", kind="stable")
+    ordered = table.sort_values(sort, ascending=sort in ASCENDING, kind="stable")
     measured = ordered["origin"] == MEASURED
     return Board(board.benchmark, board.tasks, pd.concat([ordered[measured], ordered[~measured]]), board.notes)
 
@@ -94,6 +135,24 @@ def pareto(table: pd.DataFrame, cost: str = "parameters", score: str = "average"
     best = known[score].cummax().shift(fill_value=float("-inf"))
     front = known.index[known[score] > best]
     return pd.Series(table.index.isin(front), index=table.index)
+
+
+def _read(folder: Path) -> Run | Skipped:
+    try:
+        report = RunReport.read(folder / REPORT_FILE)
+    except ReportError as error:
+        return Skipped(folder, str(error))
+    if report.status == "failed":
+        return Skipped(folder, f"failed: {report.error}")
+    return Run(folder, report) if report.tasks else Skipped(folder, "no task was evaluated")
+
+
+def _run_folders(root: Path) -> Iterator[Path]:
+    if not root.is_dir():
+        raise ReportError(f"{root} is no folder: give the folders of runs, e.g. outputs")
+    for folder, _, files in os.walk(root):
+        if REPORT_FILE in files or OVERRIDES_FILE in files:
+            yield Path(folder)
 
 
 def _board(benchmark: str, runs: list[Run], published: bool) -> Board:
@@ -110,15 +169,10 @@ def _board(benchmark: str, runs: list[Run], published: bool) -> Board:
     if results is not None:
         rows += _reference_rows(results.table, results.individual)
         notes += [f"rows marked † are published, not measured here: {results.source}", results.smile]
-    return Board(benchmark, tasks, _table(rows, tasks), notes)
-
-
-def _table(rows: list[dict[str, object]], tasks: list[str]) -> pd.DataFrame:
     table = pd.DataFrame(rows)
-    for column in [*tasks, *COLUMNS, *OPTIONS]:
-        table[column] = pd.to_numeric(table[column]) if column in table else float("nan")
-    leading = ["method", *tasks, *COLUMNS]
-    return table[[*leading, *(column for column in table if column not in leading)]]
+    table = table.reindex(columns=list(dict.fromkeys(["method", *tasks, *COLUMNS, *table])))
+    numbers = [*tasks, *COLUMNS, *OPTIONS]
+    return Board(benchmark, tasks, table.assign(**table[numbers].apply(pd.to_numeric)), notes)
 
 
 def _row(run: Run, individual: Mapping[str, TaskResult]) -> dict[str, object]:
@@ -127,32 +181,18 @@ def _row(run: Run, individual: Mapping[str, TaskResult]) -> dict[str, object]:
     construction = report.construction if report.kind == "merged" else None
     options = {name: report.method.get(name) for name in OPTIONS}
     return {
-        "method": report.label,
-        **{name: task.score for name, task in report.tasks.items()},
-        "average": average_of(report.tasks),
-        "retention": report.retention if retention is None else retention,
-        "parameters": report.parameter_ratio,
-        "bytes": report.byte_ratio,
-        "seconds": construction and construction.seconds,
-        "memory": construction and construction.peak_megabytes,
-        "throughput": report.samples_per_second,
-        "origin": MEASURED,
-        "kind": report.kind,
+        "method": report.label, **{name: task.score for name, task in report.tasks.items()},
+        "average": average_of(report.tasks), "retention": report.retention if retention is None else retention,
+        "parameters": report.parameter_ratio, "bytes": report.byte_ratio,
+        "seconds": construction and construction.seconds, "memory": construction and construction.peak_megabytes,
+        "throughput": report.samples_per_second, "origin": MEASURED, "kind": report.kind,
         **{name: float(value) if isinstance(value, (int, float)) else None for name, value in options.items()},
-        "device": report.environment.accelerator,
-        "folder": str(run.folder),
-    }
+        "device": report.environment.accelerator, "folder": str(run.folder),
+    }  # fmt: skip
 
 
 def _reference_rows(table: pd.DataFrame, individual: str) -> list[dict[str, object]]:
-    reference = float(table.loc[individual, "average"])
-    return [
-        {
-            "method": f"{method} †",
-            **{str(column): value for column, value in row.items()},
-            "retention": 100 * row["average"] / reference,
-            "origin": PUBLISHED,
-            "kind": "individual" if method == individual else "merged",
-        }
-        for method, row in table.iterrows()
-    ]
+    retention = 100 * table["average"] / table.at[individual, "average"]
+    rows = table.assign(method=table.index + " †", retention=retention, origin=PUBLISHED, kind="merged")
+    rows.loc[individual, "kind"] = "individual"
+    return rows.to_dict("records")

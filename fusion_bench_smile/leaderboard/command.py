@@ -15,25 +15,18 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from ..exceptions import SmileError
-from ..io import write_bytes_atomically
+from ..io import write_atomically
 from ..reports import render_figure
 from . import figures, tables
-from .boards import Board, arrange, boards
-from .gather import Skipped, gather
-from .page import page
+from .boards import Board, Skipped, arrange, boards, gather
 
 FORMATS = ("table", "markdown", "csv", "latex")
 
 
 def leaderboard(
-    folders: Iterable[str | os.PathLike[str]],
-    *,
-    benchmarks: Sequence[str] = (),
-    methods: Sequence[str] = (),
-    where: str | None = None,
-    sort: str = "average",
-    published: bool = True,
-) -> tuple[list[Board], list[Skipped]]:
+    folders: Iterable[str | os.PathLike[str]], *, benchmarks: Sequence[str] = (), methods: Sequence[str] = (),
+    where: str | None = None, sort: str = "average", published: bool = True,
+) -> tuple[list[Board], list[Skipped]]:  # fmt: skip
     """The boards of all runs in some folders and their subfolders, and the runs that are left out.
 
     Args:
@@ -58,11 +51,9 @@ def leaderboard(
 
 
 def write(
-    all_boards: Sequence[Board],
-    folder: str | os.PathLike[str],
-    skipped: Sequence[Skipped] = (),
+    all_boards: Sequence[Board], folder: str | os.PathLike[str], skipped: Sequence[Skipped] = (),
     title: str = "Leaderboard",
-) -> list[Path]:
+) -> list[Path]:  # fmt: skip
     """Write tables, figures (PNG and SVG) and the web page into a folder, created if missing.
 
     All contents are rendered first, then each file is written atomically. The files are returned, sorted by name.
@@ -73,13 +64,13 @@ def write(
         "leaderboard.md": "\n".join(tables.markdown(board) for board in all_boards),
         "leaderboard.csv": tables.csv(list(all_boards)),
         "leaderboard.tex": "\n".join(tables.latex(board) for board in all_boards),
-        "leaderboard.html": page(all_boards, skipped, title),
+        "leaderboard.html": tables.page(all_boards, skipped, title),
     }
     contents = {name: text.encode() for name, text in texts.items()}
     for name, figure in _figures(all_boards).items():
         contents |= {f"{name}.{suffix}": content for suffix, content in render_figure(figure).items()}
     for name, content in contents.items():
-        write_bytes_atomically(target / name, content)
+        write_atomically(target / name, content)
     return sorted(target / name for name in contents)
 
 
@@ -92,20 +83,23 @@ def show(all_boards: Sequence[Board], output_format: str, console: Console) -> N
         print(tables.csv(list(all_boards)), end="")
         return
     for board in all_boards:
-        if output_format == "table":
-            _print_table(board, console)
-        else:
+        if output_format != "table":
             print(tables.markdown(board) if output_format == "markdown" else tables.latex(board))
+            continue
+        table = tables.rich_table(board)
+        width = console.measure(table, options=console.options.update(width=10_000)).maximum
+        if console.is_terminal and width > console.width:
+            console.print(tables.rich_table(board, tasks=False))
+        else:
+            Console(width=max(width, console.width)).print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command with the arguments of the command line.
 
-    Raises:
-        SystemExit: With the error message, for a `SmileError` or `OSError`.
+    Raises SystemExit with the error message, for a `SmileError` or `OSError`.
     """
     options = _parser().parse_args(arguments)
-    messages = Console(stderr=True, highlight=False)
     try:
         found, skipped = leaderboard(
             options.folders, benchmarks=options.benchmark, methods=options.method, where=options.where,
@@ -115,12 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files = write(found, options.output, skipped, options.title) if options.output else []
     except (SmileError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    if skipped:
-        messages.print(f"{len(skipped)} left out:", markup=False)
-    for run in skipped:
-        messages.print(f"  {run.folder}: {run.reason}", markup=False, soft_wrap=True)
-    for file in files:
-        messages.print(f"written: {file}", markup=False, soft_wrap=True)
+    left_out = [f"{len(skipped)} left out:"] if skipped else []
+    left_out += [f"  {run.folder}: {run.reason}" for run in skipped]
+    for line in [*left_out, *(f"written: {file}" for file in files)]:
+        Console(stderr=True, highlight=False).print(line, markup=False, soft_wrap=True)
 
 
 def _figures(all_boards: Sequence[Board]) -> dict[str, Figure]:
@@ -134,15 +126,6 @@ def _figures(all_boards: Sequence[Board]) -> dict[str, Figure]:
         if not figures.rank_grid(board).empty:
             named[f"ranks{suffix}"] = figures.rank_heatmaps(board)
     return named
-
-
-def _print_table(board: Board, console: Console) -> None:
-    table = tables.rich_table(board)
-    width = console.measure(table, options=console.options.update(width=10_000)).maximum
-    if console.is_terminal and width > console.width:
-        console.print(tables.rich_table(board, tasks=False))
-    else:
-        Console(width=max(width, console.width)).print(table)
 
 
 def _parser() -> argparse.ArgumentParser:

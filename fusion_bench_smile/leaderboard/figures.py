@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..reports import STYLES, grouped_bars, heatmap
+from ..reports import STYLES, grouped_bars, heatmap, panels
 from .boards import Board, pareto
 
 TICKS = (1, 1.25, 1.5, 2, 4, 8, 16, 32)  # parameter ratios
@@ -37,11 +37,11 @@ def score_column(board: Board) -> str:
 def scatter(boards: Sequence[Board]) -> Figure:
     """Retention (or the average) against the parameter ratio, with the Pareto front: one panel for each board."""
     styles = family_styles(boards)
-    figure = Figure(figsize=(1.5 + 5 * len(boards), 5.2), layout="constrained")
-    axes = figure.subplots(1, len(boards), squeeze=False)[0]
-    for axis, board in zip(axes, boards, strict=True):
+    figure, axes = panels(1.5 + 5 * len(boards), 5.2, 1, len(boards), squeeze=False)
+    for axis, board in zip(axes.flat, boards, strict=True):
         _scatter_panel(axis, board, score_column(board), styles)
-    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    legends = [axis.get_legend_handles_labels() for axis in axes.flat]
+    handles = {label: handle for legend in legends for handle, label in zip(*legend, strict=True)}
     columns = min(4, 2 * len(boards))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     return figure
@@ -62,8 +62,8 @@ def rank_grid(board: Board, value: str = "average") -> pd.DataFrame:
 def rank_heatmaps(board: Board) -> Figure:
     """Average and parameter ratio of SMILE over k and gate_k."""
     titles = {"average": "average score (%)", "parameters": "parameters, relative to the pretrained model"}
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    for axis, (column, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
+    figure, axes = panels(11, 4.2, 1, len(titles))
+    for axis, (column, title) in zip(axes, titles.items(), strict=True):
         grid = rank_grid(board, column)
         template = "{:.2f}×" if column == "parameters" else "{:.1f}"
         bright = grid >= np.nanmean([np.nanmin(grid), np.nanmax(grid)])
@@ -80,8 +80,7 @@ def task_bars(board: Board) -> Figure:
     styles = family_styles([board])
     measured = board.measured.sort_values("average", ascending=False)
     best = measured[~measured["method"].map(family).duplicated()].head(BARS)
-    figure = Figure(figsize=(max(8, 1.5 * len(board.tasks)), 4.4), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = panels(max(8, 1.5 * len(board.tasks)), 4.4)
     scores = best.set_index("method")[board.tasks].T.astype(float)
     grouped_bars(axis, scores, [styles[family(method)][0] for method in scores.columns])
     axis.set(ylabel="score (%)", title=board.benchmark)

@@ -31,8 +31,7 @@ def sources() -> dict[str, Any]:
 def load(name: str) -> Published:
     """Load the published results ``published/{name}.csv``, e.g. ``clip_vit_b32_ta8``."""
     metadata = sources()
-    table = pd.read_csv(FOLDER / f"{name}.csv", index_col="method")
-    title = metadata["benchmarks"][name]["title"]
+    title, table = metadata["benchmarks"][name]["title"], pd.read_csv(FOLDER / f"{name}.csv", index_col="method")
     return Published(title, table, metadata["individual"], metadata["source"], metadata["smile"])
 
 

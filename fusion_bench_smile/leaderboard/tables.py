@@ -1,12 +1,22 @@
-"""Boards as tables: for the terminal, Markdown, CSV and LaTeX."""
+"""Boards as tables: for the terminal, Markdown, CSV and LaTeX, and as a self-contained web page with charts."""
 
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import jinja2
 import pandas as pd
 from rich.table import Table
 from rich.text import Text
 
 from ..reports import markdown_table
-from .boards import COLUMNS, MEASURED, Board
+from .boards import COLUMNS, MEASURED, Board, Skipped
+from .figures import family, family_styles
 
+TEMPLATE = Path(__file__).with_name("page.html")
+DETAILS = ("folder", "device", "top_k")  # columns shown in the tooltip of a run
 UNITS = {"parameters": "×", "bytes": "×"}
 DIGITS = {"parameters": 2, "bytes": 2, "seconds": 2, "memory": 0, "throughput": 0}  # 1 for other columns
 HEADINGS = {"memory": "memory (MB)", "throughput": "samples/s"}
@@ -30,8 +40,7 @@ def formatted(board: Board) -> pd.DataFrame:
     """The `shown_columns` as strings, one row for each run; missing values are empty strings."""
     text = pd.DataFrame(index=board.table.index)
     for column in shown_columns(board):
-        unit = UNITS.get(column, "")
-        digits = DIGITS.get(column, 1)
+        unit, digits = UNITS.get(column, ""), DIGITS.get(column, 1)
         text[column] = ["" if pd.isna(v) else f"{v:.{digits}f}{unit}" for v in board.table[column]]
     return text
 
@@ -89,11 +98,44 @@ def latex(board: Board) -> str:
     table = escaped.where(~best, r"\textbf{" + escaped + "}")
     table.insert(0, "method", board.table["method"].astype(str).map(_escape))
     table.columns = [_escape(HEADINGS.get(column, column)) for column in table.columns]
-    alignment = "l" + "r" * (len(table.columns) - 1)
-    return table.style.hide(axis="index").to_latex(
-        hrules=True, caption=_escape(board.benchmark), column_format=alignment
-    )
+    columns = "l" + "r" * (len(table.columns) - 1)
+    return table.style.hide(axis="index").to_latex(hrules=True, caption=_escape(board.benchmark), column_format=columns)
+
+
+def page(boards: Sequence[Board], skipped: Sequence[Skipped] = (), title: str = "Leaderboard") -> str:
+    """Boards and the list of skipped runs as HTML; the page loads nothing from the network."""
+    styles = family_styles(boards).items()
+    data = {
+        "families": {name: {"color": color, "marker": marker} for name, (color, marker) in styles},
+        "boards": [_board_data(board) for board in boards],
+    }
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE.read_text())
+    return template.render(
+        title=title, skipped=skipped, written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        # inside <script> only "<" could end the data
+        data=jinja2.utils.markupsafe.Markup(json.dumps(data, allow_nan=False).replace("<", "\\u003c")),
+    )  # fmt: skip
 
 
 def _escape(text: str) -> str:
     return text.translate(ESCAPES)
+
+
+def _board_data(board: Board) -> dict[str, Any]:
+    shown = sorted(shown_columns(board), key=board.tasks.__contains__)  # a phone shows the first columns only
+    columns = [
+        {
+            "key": column, "heading": HEADINGS.get(column, column), "digits": DIGITS.get(column, 1),
+            "unit": UNITS.get(column, ""), "help": COLUMNS.get(column, "score on this task, in %"),
+        }
+        for column in shown
+    ]  # fmt: skip
+    rows = [
+        {
+            "method": row["method"], "family": family(row["method"]), "origin": row["origin"], "kind": row["kind"],
+            "values": {column: None if pd.isna(row[column]) else row[column] for column in shown},
+            "details": {name: row[name] for name in DETAILS if name in row and pd.notna(row[name])},
+        }
+        for _, row in board.table.iterrows()
+    ]  # fmt: skip
+    return {"benchmark": board.benchmark, "notes": board.notes, "columns": columns, "rows": rows}

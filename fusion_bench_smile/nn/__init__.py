@@ -4,7 +4,6 @@ Imports torch alone, and transformers for the class of `Conv1D`.
 """
 
 from .attachment import attach_router, detach_router, entry_points, router_of
-from .conv import SmileConv2d
 from .execution import InputGroups, merged_parameters
 from .input_router import ROUTER_NAME, InputRouter
 from .inspection import (
@@ -16,11 +15,10 @@ from .inspection import (
     routing_statistics,
     weight_by_expert,
 )
+from .layer_types import LAYER_TYPES, SmileConv1D, SmileConv2d, SmileLinear, plain_type_of, routed_type_of
 from .layout import DENSE, ExpertLayout
-from .linear import SmileConv1D, SmileLinear
 from .prototypes import Prototypes
 from .quantization import quantize_rows, store_tensors
-from .registry import LAYER_TYPES, plain_type_of, routed_type_of
 from .routed import RoutedLayer, RoutingEvent, count_bytes, count_parameters, layers_with_router, routed_layers
 from .routing_state import MIN_ENERGY_SHARE, mean_over_tokens
 from .scoring import (

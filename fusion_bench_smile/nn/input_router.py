@@ -83,8 +83,7 @@ class InputRouter(nn.Module):
     def weights(self, layer: RoutedLayer, x: Tensor, output: Tensor) -> Tensor | None:
         """The weight of each expert for each input of x: (rows, T). None in the first pass.
 
-        Raises:
-            RuntimeError: A part of the model was called alone, which does not see whole inputs.
+        Raises RuntimeError if a part of the model was called alone, which does not see whole inputs.
         """
         if not self.state.num_inputs:
             raise RuntimeError(

@@ -89,8 +89,7 @@ def mean_over_tokens(values: Tensor, num_inputs: int, mask: Tensor | None) -> Te
 def repeat_for_rows(values: Tensor, rows: int) -> Tensor:
     """Values (B, …) of B inputs, repeated for the beams of each input: (rows, …).
 
-    Raises:
-        RuntimeError: rows is not a multiple of B.
+    Raises RuntimeError if rows is not a multiple of B.
     """
     if rows % len(values):
         raise RuntimeError(f"leading dimension {rows} is not a multiple of the batch size {len(values)}")

@@ -1,9 +1,8 @@
 """Reports of runs: schema, environment, resource usage, labels; helpers for the tables and figures made from them."""
 
 from ..io import markdown_table
-from .environment import environment, git_revision
 from .labels import label_of
-from .plotting import STYLES, grouped_bars, heatmap, render_figure, save_figure
+from .plotting import STYLES, grouped_bars, heatmap, panels, render_figure, save_figure
 from .report import (
     REPORT_FILE,
     Environment,
@@ -18,10 +17,10 @@ from .report import (
     retention_of,
     task_results,
 )
-from .resources import ResourceMeter
+from .resources import ResourceMeter, environment, git_revision
 
 __all__ = [
     "REPORT_FILE", "STYLES", "Environment", "LayerRouting", "ReportError", "ResourceMeter", "Routing", "RunReport",
     "Stage", "TaskResult", "average_of", "environment", "fingerprint", "git_revision", "grouped_bars", "heatmap",
-    "label_of", "markdown_table", "render_figure", "retention_of", "save_figure", "task_results",
+    "label_of", "markdown_table", "panels", "render_figure", "retention_of", "save_figure", "task_results",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from ..io import write_bytes_atomically
+from ..io import write_atomically
 
 # colour and marker; the colours are distinguishable with colour vision deficiency (Okabe and Ito)
 STYLES = (
@@ -19,6 +19,12 @@ STYLES = (
     ("#7f7f7f", "P"), ("#000000", "*"), ("#999933", "h"), ("#882255", "<"), ("#44aa99", ">"),
 )  # fmt: skip
 FORMATS = ("png", "svg")
+
+
+def panels(width: float, height: float, *grid: int, **options: Any) -> tuple[Figure, Any]:
+    """A figure of a size in inches, and its panel, or its array of panels; options are those of `Figure.subplots`."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(*grid, **options)
 
 
 def render_figure(figure: Figure) -> dict[str, bytes]:
@@ -35,7 +41,7 @@ def save_figure(figure: Figure, file: Path) -> list[Path]:
     """Write a figure as PNG and SVG to a path without suffix, into an existing folder; the files are returned."""
     contents = {file.with_name(f"{file.name}.{suffix}"): image for suffix, image in render_figure(figure).items()}
     for path, image in contents.items():
-        write_bytes_atomically(path, image)
+        write_atomically(path, image)
     return list(contents)
 
 

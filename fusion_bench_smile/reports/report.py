@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..exceptions import SmileError
-from ..io import write_text_atomically
+from ..io import write_atomically
 
 REPORT_FILE = "smile_report.json"
 SCHEMA_VERSION = 1
@@ -132,25 +132,21 @@ class RunReport(_Section):
         """Write the report into a folder, created if missing, atomically; the file is returned.
 
         An existing report of another configuration is renamed to ``smile_report-<fingerprint>.json``.
-
-        Raises:
-            OSError: If the folder is not writable.
+        Raises OSError if the folder is not writable.
         """
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / REPORT_FILE
         with suppress(ReportError):
-            existing = RunReport.read(file).fingerprint
-            if existing != self.fingerprint:
+            if (existing := RunReport.read(file).fingerprint) != self.fingerprint:
                 os.replace(file, folder / f"{REPORT_FILE.removesuffix('.json')}-{existing}.json")
-        write_text_atomically(file, self.model_dump_json(indent=1))
+        write_atomically(file, self.model_dump_json(indent=1))
         return file
 
     @classmethod
     def read(cls, file: Path) -> RunReport:
         """Read a report.
 
-        Raises:
-            ReportError: If the file is missing, is no JSON, has another schema version, or violates the schema.
+        Raises ReportError if the file is missing, is no JSON, has another schema version, or violates the schema.
         """
         try:
             values = json.loads(file.read_bytes())
@@ -185,20 +181,18 @@ def task_results(report: Mapping[str, Any]) -> dict[str, TaskResult]:
         if name in RESERVED_ENTRIES or not metrics:
             continue
         metric = next((key for key in PERCENT_SCALES if key in metrics), next(iter(metrics)))
-        value = metrics[metric]
-        score = None if value is None else value * PERCENT_SCALES.get(metric, 1.0)
-        samples = metrics.pop("samples", None)
+        first, samples = metrics[metric], metrics.pop("samples", None)
         results[name] = TaskResult(
-            metric=metric, score=score, samples=None if samples is None else int(samples), metrics=metrics
-        )
+            metric=metric, score=None if first is None else first * PERCENT_SCALES.get(metric, 1.0), metrics=metrics,
+            samples=None if samples is None else int(samples),
+        )  # fmt: skip
     return results
 
 
 def average_of(tasks: Mapping[str, TaskResult]) -> float | None:
     """Mean score of some tasks; None if one is undefined, or without tasks."""
-    scores = [task.score for task in tasks.values()]
-    defined = [score for score in scores if score is not None]
-    return sum(defined) / len(defined) if defined and len(defined) == len(scores) else None
+    scores = [task.score for task in tasks.values() if task.score is not None]
+    return sum(scores) / len(scores) if scores and len(scores) == len(tasks) else None
 
 
 def retention_of(tasks: Mapping[str, TaskResult], individual: Mapping[str, TaskResult]) -> float | None:

@@ -1,16 +1,19 @@
-"""Wall-clock time and peak memory of the stages of a run."""
+"""Hardware, software, wall-clock time and peak memory of a run."""
 
 import ctypes
 import gc
+import platform
 import re
+import subprocess
 import time
 from contextlib import suppress
+from importlib.metadata import distributions
 from pathlib import Path
 
 import psutil
 import torch
 
-from .report import Stage
+from .report import Environment, Stage
 
 CLEAR_REFS = Path("/proc/self/clear_refs")  # proc(5): writing 5 resets the peak resident memory
 STATUS = Path("/proc/self/status")
@@ -28,9 +31,14 @@ class ResourceMeter:
         gc.collect()
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)  # glibc only
-        self._measures_host_peak = _reset_peaks()
+        self._device_bytes, self._measures_host_peak = 0, False
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self._device_bytes = torch.cuda.memory_allocated()
+        with suppress(OSError):
+            CLEAR_REFS.write_text("5")
+            self._measures_host_peak = True
         self._host_bytes = psutil.Process().memory_info().rss
-        self._device_bytes = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
         self._start = time.perf_counter()
 
     def stop(self) -> Stage:
@@ -46,11 +54,28 @@ class ResourceMeter:
         return stage
 
 
-def _reset_peaks() -> bool:
-    """Reset the peaks of device and host memory; False if the system cannot reset the host's."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+def environment(device: torch.device, processes: int) -> Environment:
+    """The environment of this process, in a run of some processes with this device."""
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({_processor()})"
+    return Environment(
+        python=platform.python_version(), platform=platform.platform(), accelerator=accelerator, processes=processes,
+        threads=torch.get_num_threads(), git_revision=git_revision(Path.cwd()),
+        packages={d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]},
+    )  # fmt: skip
+
+
+def git_revision(folder: Path) -> str | None:
+    """The commit of a folder: 40 hexadecimal digits, ``-dirty`` with uncommitted changes; None outside of git."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    return None
+
+
+def _processor() -> str:
+    """The model of the CPU, which neither psutil nor `platform` gives on Linux."""
     with suppress(OSError):
-        CLEAR_REFS.write_text("5")
-        return True
-    return False
+        model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        if model:
+            return model[1].strip()
+    return platform.processor() or platform.machine()

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from fusion_bench_smile import FactorCache
-from fusion_bench_smile.io import write_text_atomically
+from fusion_bench_smile.io import write_atomically
 from studies.routing.benchmarks import SEEDS, Benchmark, load_benchmark
 from studies.routing.expert_identification import score_rows
 from studies.routing.model_selection import select_options
@@ -36,7 +36,7 @@ def measure(root: Path, expert_set: str) -> None:
     file = folder / f"{expert_set}-choices.json"
     if not file.exists():
         options = select_options(load_benchmark(root, expert_set, SEEDS[0]), factor_cache)
-        write_text_atomically(file, json.dumps(options, indent=1))
+        write_atomically(file, json.dumps(options, indent=1))
     options = json.loads(file.read_text())
     paper, two_pass = ([RankOptions(**values) for values in options[name]] for name in ("paper", "ours"))
     tables: dict[str, Callable[[Benchmark], Iterator[dict[str, Any]]]] = {
@@ -49,5 +49,5 @@ def measure(root: Path, expert_set: str) -> None:
         file = folder / f"{expert_set}-{seed}-{name}.csv"
         if not file.exists():
             rows = list(tables[name](load_benchmark(root, expert_set, seed)))
-            write_text_atomically(file, pd.DataFrame(rows).assign(set=expert_set, seed=seed).to_csv(index=False))
+            write_atomically(file, pd.DataFrame(rows).assign(set=expert_set, seed=seed).to_csv(index=False))
             log.info("%s", file)

@@ -8,7 +8,7 @@ from textwrap import fill
 
 import pandas as pd
 
-from fusion_bench_smile.io import write_text_atomically
+from fusion_bench_smile.io import write_atomically
 from fusion_bench_smile.reports import markdown_table, save_figure
 from studies.routing.expert_identification import DESCRIPTIONS
 from studies.routing.figures import layer_figure, retention_figure
@@ -47,10 +47,10 @@ def write_report(folder: Path, docs: Path) -> None:
         docs: The folder; its subfolder ``images`` must exist.
     """
     summaries = {name: summary for name in EXPERT_SETS if len(summary := summarize(read_accuracies(folder, name)))}
-    write_text_atomically(docs / "routing_results.csv", _csv(summaries))
+    write_atomically(docs / "routing_results.csv", _csv(summaries))
     sections = [_expert_set_section(folder, name, summary) for name, summary in summaries.items()]
     text = "\n".join([INTRODUCTION, *_score_section(folder), *(line for section in sections for line in section)])
-    write_text_atomically(docs / "routing_results.md", text.rstrip() + "\n")
+    write_atomically(docs / "routing_results.md", text.rstrip() + "\n")
     save_figure(retention_figure(summaries), docs / "images" / "routing")
     save_figure(layer_figure(folder, list(summaries), BUDGET), docs / "images" / "routing_layers")
 

@@ -12,8 +12,8 @@ from conftest import experts_of, mlp, perturbed
 from torch import nn
 
 from fusion_bench_smile import FactorCache, PlanError, SmileConfig, upscale
-from fusion_bench_smile.construction.distributed import WorkPartition
 from fusion_bench_smile.construction.factorize import FactorizedExperts, Factorizer, factorize_experts
+from fusion_bench_smile.construction.parallel import WorkPartition
 from fusion_bench_smile.construction.plan import make_plan
 from fusion_bench_smile.io import StateDictSource
 

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from fusion_bench_smile.framework import calibration_inputs
-from fusion_bench_smile.framework.calibration_data import BATCH_SIZE, model_inputs
+from fusion_bench_smile.framework.model_pools import BATCH_SIZE, model_inputs
 
 
 def test_training_examples_of_several_forms():

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from fusion_bench_smile.framework.individual import single_task_config
+from fusion_bench_smile.framework.program import single_task_config
 from fusion_bench_smile.leaderboard.published import published_for
 from fusion_bench_smile.reports import label_of
 

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fusion_bench_smile import PlanError
-from fusion_bench_smile.framework.individual import single_task_config
+from fusion_bench_smile.framework.program import single_task_config
 
 
 def test_the_task_of_an_expert():

@@ -15,8 +15,7 @@ from fusion_bench_smile.io import (
     check_writable_folder,
     replace_file_atomically,
     replace_folder_atomically,
-    write_bytes_atomically,
-    write_text_atomically,
+    write_atomically,
 )
 
 
@@ -46,11 +45,11 @@ def fail_in(writing: AbstractContextManager[Path], name: str, error: type[BaseEx
 
 
 def test_text_and_bytes_are_written_and_replaced(tmp_path):
-    write_text_atomically(tmp_path / "a.txt", "ΔW = B A")
-    write_bytes_atomically(tmp_path / "b", b"\x00\xff")
+    write_atomically(tmp_path / "a.txt", "ΔW = B A")
+    write_atomically(tmp_path / "b", b"\x00\xff")
     assert (tmp_path / "a.txt").read_bytes() == "ΔW = B A".encode()
     assert (tmp_path / "b").read_bytes() == b"\x00\xff"
-    write_text_atomically(tmp_path / "a.txt", "other")
+    write_atomically(tmp_path / "a.txt", "other")
     assert (tmp_path / "a.txt").read_text() == "other"
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "b"]
 
@@ -80,7 +79,7 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing_else(tmp_path, error):
 
 
 def test_a_file_has_the_mode_of_a_file_that_is_opened(tmp_path, umask):
-    write_text_atomically(tmp_path / "a.txt", "")
+    write_atomically(tmp_path / "a.txt", "")
     (tmp_path / "plain").write_text("")
     assert mode(tmp_path / "a.txt") == mode(tmp_path / "plain") == 0o666 & ~umask
     assert os.umask(umask) == umask  # the mask of the process is unchanged
@@ -88,10 +87,10 @@ def test_a_file_has_the_mode_of_a_file_that_is_opened(tmp_path, umask):
 
 def test_a_file_that_cannot_be_written_is_an_os_error(tmp_path):
     with pytest.raises(OSError, match="nowhere"):
-        write_text_atomically(tmp_path / "nowhere" / "a.txt", "")
+        write_atomically(tmp_path / "nowhere" / "a.txt", "")
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match="folder"):
-        write_text_atomically(tmp_path / "folder", "")
+        write_atomically(tmp_path / "folder", "")
     assert os.listdir(tmp_path) == ["folder"]
 
 

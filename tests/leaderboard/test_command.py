@@ -6,6 +6,7 @@ import io
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import jinja2
 import pandas as pd
@@ -40,7 +41,7 @@ def test_a_thousand_folders_some_of_them_damaged(tmp_path):
         elif number % 50 == 4:
             write_run(tmp_path, f"run {number}", 0, 0, tasks={})
             expected["no task was evaluated"] += 1
-    command = [sys.executable, "-m", "fusion_bench_smile.leaderboard", str(tmp_path), "--format", "csv"]
+    command = [Path(sys.executable).with_name("smile-leaderboard"), str(tmp_path), "--format", "csv"]
     done = subprocess.run([*command, "--output", str(tmp_path / "out")], capture_output=True, text=True, check=True)
     table = pd.read_csv(io.StringIO(done.stdout))
     assert len(table) == 1000 - sum(expected.values()) == 900

@@ -1,11 +1,11 @@
 """The framework's CLIP task pool, exact on any number of processes."""
 
 import itertools
+import math
 from typing import Any
 
 import torch
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
-from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm.auto import tqdm
@@ -28,24 +28,18 @@ class ExactCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
     ) -> dict[str, float | int]:
         """Evaluate the framework's zero-shot classifier on one task; overrides the framework's loop.
 
-        Args:
-            test_loader: batches of pixels (N, 3, H, W) and labels (N,) of this process.
-
-        Returns:
-            ``accuracy``, from 0 to 1, mean cross-entropy ``loss`` in nats, and ``samples``, over all processes.
-
-        Raises:
-            SmileError: if the test set is empty.
+        The loader gives batches of pixels (N, 3, H, W) and labels (N,) of this process. The result has ``accuracy``,
+        from 0 to 1, mean cross-entropy ``loss`` in nats, and ``samples``, over all processes.
         """
         classifier.eval()
         batches = itertools.islice(test_loader, 1) if self.fast_dev_run else test_loader
         totals = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)  # correct, loss, samples
-        offset = 0  # of the batch among the samples of this process
+        own_samples, offset = _own_samples(test_loader), 0  # offset of the batch among the samples of this process
         for inputs, targets in tqdm(batches, desc=f"Evaluating {task_name}", leave=False, dynamic_ncols=True):
             outputs = classifier(inputs, return_image_embeds=True, return_dict=True, task_name=task_name)
             logits = outputs["logits"].float()
             targets = targets.to(logits.device)
-            counted = ~_repeated(test_loader, offset, len(targets)).to(logits.device)
+            counted = torch.arange(offset, offset + len(targets), device=logits.device) < own_samples
             correct = (logits.argmax(dim=-1) == targets)[counted]
             losses = F.cross_entropy(logits, targets, reduction="none")[counted]
             totals += torch.stack([correct.sum(), losses.double().sum(), counted.sum()]).to(totals)
@@ -58,13 +52,9 @@ class ExactCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
         return {"accuracy": total_correct / samples, "loss": round(total_loss / samples, 3), "samples": int(samples)}
 
 
-def _repeated(loader: DataLoader, offset: int, count: int) -> Tensor:
-    """Which of `count` samples after the first `offset` of this process repeat others: (count,), bool.
-
-    The sampler repeats samples to give every process the same number.
-    """
+def _own_samples(loader: DataLoader) -> float:
+    """The number of samples of this process before those that repeat others to give every process the same number."""
     sampler = loader.sampler
     if not isinstance(sampler, DistributedSampler):
-        return torch.zeros(count, dtype=torch.bool)
-    positions = (offset + torch.arange(count)) * sampler.num_replicas + sampler.rank
-    return positions >= len(sampler.dataset)  # type: ignore[arg-type]
+        return math.inf
+    return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]

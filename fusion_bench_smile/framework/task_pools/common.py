@@ -46,16 +46,14 @@ def evaluate_in_batches(
 def load_tokenizer(source: str | DictConfig | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer of a configuration, a name on the hub or a folder; a tokenizer is returned as it is.
 
-    Raises:
-        SmileError: if a name or folder has no tokenizer.
+    Raises SmileError if a name or folder has no tokenizer.
     """
     if not isinstance(source, str):
         return instantiate_config(source)
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise SmileError(f"no tokenizer in {source!r}: {reason}; set taskpool.tokenizer") from None
+        raise SmileError(f"no tokenizer in {source!r}: {str(error).splitlines()[0]}; set taskpool.tokenizer") from None
 
 
 def instantiate_config(source: Any) -> Any:

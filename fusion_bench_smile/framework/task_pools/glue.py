@@ -21,7 +21,6 @@ from ...exceptions import SmileError
 from .common import evaluate_in_batches, instantiate_config, load_tokenizer, model_info
 
 log = logging.getLogger(__name__)
-
 REGRESSION = {"stsb"}
 Example = tuple[str, str]  # prompt, expected answer
 
@@ -69,7 +68,7 @@ class GlueTextTaskPool(LightningFabricMixin, BaseTaskPool):
         tokenizer = load_tokenizer(self._tokenizer)
         model = self.fabric.to_device(model).eval()
         report: dict[str, Any] = {"model_info": model_info(model, name)}
-        scores = []
+        scores: list[Any] = []
         for task, dataset in self._test_datasets.items():
             examples = glue_examples(task, instantiate_config(dataset))
             pairs = self._answers(model, tokenizer, examples, task)
@@ -77,8 +76,7 @@ class GlueTextTaskPool(LightningFabricMixin, BaseTaskPool):
             scores.append(spearman_rho(pairs) if regression else exact_match(pairs))
             report[task] = {"spearman_rho" if regression else "accuracy": scores[-1], "samples": len(pairs)}
             log.info("%s: %s", task, report[task])
-        defined = [score for score in scores if score is not None]
-        report["average"] = {"score": statistics.fmean(defined) if len(defined) == len(scores) else None}
+        report["average"] = {"score": None if None in scores else statistics.fmean(scores)}
         return report
 
     def _answers(
@@ -108,8 +106,7 @@ def _glue_name(task: str) -> str:
 def glue_examples(task: str, dataset: Dataset) -> list[Example]:
     """The prompts and expected answers of a GLUE task, e.g. ``rte`` or ``glue-rte``, by the framework's preprocessor.
 
-    Raises:
-        SmileError: if the data set is empty or a label is missing.
+    Raises SmileError if the data set is empty or a label is missing.
     """
     name = _glue_name(task)
     if not len(dataset):
@@ -125,8 +122,7 @@ def glue_examples(task: str, dataset: Dataset) -> list[Example]:
 def tokenize_glue_prompts(task: str, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The prompts of a GLUE task for calibration: a data set with the columns ``input_ids`` and ``attention_mask``.
 
-    Raises:
-        SmileError: if the data set is empty or a label is missing.
+    Raises SmileError if the data set is empty or a label is missing.
     """
     tokens = tokenizer([prompt for prompt, _ in glue_examples(task, dataset)], truncation=True)
     return Dataset.from_dict({column: tokens[column] for column in ("input_ids", "attention_mask")})

@@ -1,20 +1,56 @@
-"""Subspace analysis: task vectors in the singular subspaces of W₀ (arXiv 2408.10174, section 3)."""
+"""Task vectors of all experts, and their energy in the singular subspaces of W₀ (arXiv 2408.10174, section 3)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from typing import Literal, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..construction import truncated_svd
-from ..io import ExpertSource
+from ..config import SmileConfig
+from ..construction import make_plan, open_experts, truncated_svd
+from ..io import ExpertSource, StateDictSource, open_source, tied_names
 from ..nn import routed_type_of
-from .deltas import layer_deltas
 
 Zone = Literal["I", "II", "II+III"]
 ZONES: tuple[Zone, ...] = ("I", "II", "II+III")
+
+
+@dataclass(frozen=True)
+class LayerDeltas:
+    """The deltas of one layer."""
+
+    name: str  # in the pretrained model
+    weight: Tensor  # W₀ (out, in), at least float32
+    experts: dict[str, Tensor]  # expert → ΔW (out, in), in the dtype of the weight
+
+    @property
+    def type(self) -> str:
+        """The last part of the name, e.g. ``fc1``."""
+        return self.name.rsplit(".", 1)[-1]
+
+
+@torch.no_grad()
+def layer_deltas(pretrained: nn.Module, experts: Mapping[str, ExpertSource]) -> Iterator[LayerDeltas]:
+    """The deltas of every layer that `upscale` upscales.
+
+    Experts in folders are read tensor by tensor; an expert given by a function is loaded once and kept in memory.
+    Raises PlanError if the models cannot be upscaled together; see `upscale`.
+    """
+    plan = make_plan(pretrained, len(experts), SmileConfig(k=1, gate_k=1))
+    base, aliases = StateDictSource(pretrained.state_dict()), tied_names(pretrained)
+    sources = {
+        name: source or open_source(cast(Callable[[], Any], experts[name])(), base, aliases)
+        for name, source in open_experts(plan, experts, base, aliases).items()
+    }
+    for layer in plan.layers:
+        matrix, key = routed_type_of(pretrained.get_submodule(layer.name)).weight_matrix, f"{layer.name}.weight"
+        stored = base.read(key)
+        weight = matrix(stored.to(torch.promote_types(stored.dtype, torch.float32)))
+        tuned = {name: matrix(source.read(key)).to(weight) for name, source in sources.items() if source is not None}
+        yield LayerDeltas(layer.name, weight, {name: expert - weight for name, expert in tuned.items()})
 
 
 class Zones:
@@ -23,14 +59,11 @@ class Zones:
     With k the number of leading singular values that make up half of their sum, zone I is spanned by the first k
     columns of U and V, zone II by their other columns, and zone II+III by the orthogonal complements of the first k
     columns. No square U or V is formed: projections on complements are differences.
-
-    Attributes:
-        k: Rank of zone I.
     """
 
     def __init__(self, weight: Tensor) -> None:
         sums = torch.linalg.svdvals(weight).cumsum(0)
-        self.k = int((sums < 0.5 * sums[-1]).sum()) + 1
+        self.k = int((sums < 0.5 * sums[-1]).sum()) + 1  # rank of zone I
         leading = truncated_svd(weight, self.k)
         self._left, self._right = torch.linalg.qr(leading.up).Q, leading.down.mT  # (m, k), (n, k)
         rows, columns = weight.shape
@@ -51,18 +84,8 @@ class Zones:
 
     def energy_shares(self, delta: Tensor) -> dict[str, float]:
         """The share of the energy ‖ΔW‖² of a delta (m, n) in each zone, from 0 to 1; NaN for a delta of zero."""
-        total = _energy(delta)
-        left, both = self._left.mT @ delta, self._left.mT @ delta @ self._right
-        first = _energy(both)
-        complement = total - _energy(left) - _energy(delta @ self._right) + first
-        second = complement
-        if self._column_space is not None:
-            within = self._column_space.mT @ delta
-            second = _energy(within) - _energy(left) - _energy(within @ self._right) + first
-        elif self._row_space is not None:
-            within = delta @ self._row_space
-            second = _energy(within) - _energy(self._left.mT @ within) - _energy(delta @ self._right) + first
-        return {zone: float(part / total) for zone, part in zip(ZONES, (first, second, complement), strict=True)}
+        total = delta.double().square().sum()
+        return {zone: float(self.project(delta, zone).double().square().sum() / total) for zone in ZONES}
 
     def random_shares(self) -> dict[str, float]:
         """The expected energy shares of a random matrix (m, n) with independent entries of equal variance."""
@@ -98,8 +121,7 @@ def subspace_energy(pretrained: nn.Module, experts: Mapping[str, ExpertSource]) 
 def project_onto_zone(pretrained: nn.Module, expert: nn.Module, zone: Zone) -> nn.Module:
     """A copy of an expert with its task vectors projected onto one zone; other parameters are the expert's.
 
-    Raises:
-        PlanError: If the models cannot be upscaled together.
+    Raises PlanError if the models cannot be upscaled together.
     """
     copy = deepcopy(expert)
     for layer in layer_deltas(pretrained, {"expert": expert}):
@@ -107,7 +129,3 @@ def project_onto_zone(pretrained: nn.Module, expert: nn.Module, zone: Zone) -> n
         matrix = routed_type_of(module).weight_matrix(cast(Tensor, module.weight))  # a view
         matrix.copy_(layer.weight + Zones(layer.weight).project(layer.experts["expert"], zone))
     return copy
-
-
-def _energy(matrix: Tensor) -> Tensor:
-    return matrix.double().square().sum()
