@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m smile_zoo.comparison --folder demo
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal --cov --cov-report=term:skip-covered tests
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -84,8 +84,16 @@ class Zones:
 
     def energy_shares(self, delta: Tensor) -> dict[str, float]:
         """The share of the energy ‖ΔW‖² of a delta (m, n) in each zone, from 0 to 1; NaN for a delta of zero."""
-        total = delta.double().square().sum()
-        return {zone: float(self.project(delta, zone).double().square().sum() / total) for zone in ZONES}
+        left, right = self._left.mT @ delta, delta @ self._right
+        first, total = _energy(left @ self._right), _energy(delta)
+        second = complement = total - _energy(left) - _energy(right) + first
+        if self._column_space is not None:
+            within = self._column_space.mT @ delta
+            second = _energy(within) - _energy(left) - _energy(within @ self._right) + first
+        elif self._row_space is not None:
+            within = delta @ self._row_space
+            second = _energy(within) - _energy(self._left.mT @ within) - _energy(right) + first
+        return {zone: float(part / total) for zone, part in zip(ZONES, (first, second, complement), strict=True)}
 
     def random_shares(self) -> dict[str, float]:
         """The expected energy shares of a random matrix (m, n) with independent entries of equal variance."""
@@ -129,3 +137,7 @@ def project_onto_zone(pretrained: nn.Module, expert: nn.Module, zone: Zone) -> n
         matrix = routed_type_of(module).weight_matrix(cast(Tensor, module.weight))  # a view
         matrix.copy_(layer.weight + Zones(layer.weight).project(layer.experts["expert"], zone))
     return copy
+
+
+def _energy(matrix: Tensor) -> Tensor:
+    return matrix.double().square().sum()

@@ -67,8 +67,7 @@ def recommend(variance: pd.DataFrame, parameters: int, target: float = 0.95) -> 
     Args:
         parameters: Number of parameters of the pretrained model.
     """
-    total = variance["energy"].sum()
-    kept = variance.groupby("rank")["energy"].sum().sort_index().cumsum() / total
+    kept = variance.groupby("rank")["energy"].sum().cumsum() / variance["energy"].sum()
     k = int(kept.index[kept >= min(target, kept.iloc[-1]) * (1 - 1e-12)][0])
     return Recommendation(k, k, float(kept[k]), 1 + added_parameters(variance, k) / parameters)
 

@@ -80,12 +80,9 @@ def gather(folders: Iterable[str | os.PathLike[str]]) -> Gathered:
             skipped.append(run)
             continue
         key = (run.report.benchmark, run.report.fingerprint)
-        other = runs.setdefault(key, run)
-        if other is run:
-            continue
-        older, newer = (other, run) if other.report.finished < run.report.finished else (run, other)
-        runs[key] = newer
-        skipped.append(Skipped(older.folder, f"the same run as {newer.folder}, which is newer"))
+        older, runs[key] = sorted((run, runs.get(key, run)), key=lambda each: each.report.finished)
+        if older is not runs[key]:
+            skipped.append(Skipped(older.folder, f"the same run as {runs[key].folder}, which is newer"))
     return Gathered(list(runs.values()), skipped)
 
 
@@ -121,20 +118,15 @@ def arrange(board: Board, sort: str = "average", methods: Sequence[str] = (), wh
             raise SmileError(f"--where {where!r}: {error}; the columns are {', '.join(board.table.columns)}") from None
     if sort not in table.columns:
         raise SmileError(f"--sort {sort}: the columns are {', '.join(board.table.columns)}")
-    ordered = table.sort_values(sort, ascending=sort in ASCENDING, kind="stable")
-    measured = ordered["origin"] == MEASURED
-    return Board(board.benchmark, board.tasks, pd.concat([ordered[measured], ordered[~measured]]), board.notes)
+    ordered = table.sort_values(sort, ascending=sort in ASCENDING, kind="stable").sort_values("origin", kind="stable")
+    return Board(board.benchmark, board.tasks, ordered, board.notes)
 
 
 def pareto(table: pd.DataFrame, cost: str = "parameters", score: str = "average") -> pd.Series:
-    """Whether each row is on the Pareto front of minimal cost and maximal score, the first of several equal rows.
-
-    Rows with missing values are never on the front.
-    """
+    """Whether each row, if complete, is on the front of minimal cost and maximal score: the first of equal rows."""
     known = table[[cost, score]].dropna().sort_values([cost, score], ascending=[True, False])
     best = known[score].cummax().shift(fill_value=float("-inf"))
-    front = known.index[known[score] > best]
-    return pd.Series(table.index.isin(front), index=table.index)
+    return pd.Series(table.index.isin(known.index[known[score] > best]), index=table.index)
 
 
 def _read(folder: Path) -> Run | Skipped:

@@ -60,13 +60,12 @@ def write(
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    texts = {
+    contents: dict[str, str | bytes] = {
         "leaderboard.md": "\n".join(tables.markdown(board) for board in all_boards),
         "leaderboard.csv": tables.csv(list(all_boards)),
         "leaderboard.tex": "\n".join(tables.latex(board) for board in all_boards),
         "leaderboard.html": tables.page(all_boards, skipped, title),
     }
-    contents = {name: text.encode() for name, text in texts.items()}
     for name, figure in _figures(all_boards).items():
         contents |= {f"{name}.{suffix}": content for suffix, content in render_figure(figure).items()}
     for name, content in contents.items():

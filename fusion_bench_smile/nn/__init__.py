@@ -1,7 +1,4 @@
-"""What runs in a loaded model: routed layers, router scores, execution, and the router for whole inputs.
-
-Imports torch alone, and transformers for the class of `Conv1D`.
-"""
+"""What runs in a loaded model; imports torch alone, and transformers for the class of `Conv1D`."""
 
 from .attachment import attach_router, detach_router, entry_points, router_of
 from .execution import InputGroups, merged_parameters

@@ -75,7 +75,6 @@ def git_revision(folder: Path) -> str | None:
 def _processor() -> str:
     """The model of the CPU, which neither psutil nor `platform` gives on Linux."""
     with suppress(OSError):
-        model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-        if model:
+        if model := re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()):
             return model[1].strip()
     return platform.processor() or platform.machine()
