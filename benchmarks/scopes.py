@@ -16,6 +16,8 @@ import torch
 from forward import add_device, interleaved, set_up, upscaled
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from fusion_bench_smile import choose_experts
+
 SCOPES = {
     "token": {},
     "sequence": {"routing_scope": "sequence"},
@@ -45,7 +47,7 @@ def main() -> None:
         pixels = torch.randn(count, 3, 224, 224, device=device, dtype=dtype)
         seconds = interleaved({n: partial(m, pixels) for n, m in models.items()}, device, options.seconds)
         ratios = [f"{seconds[scope] / seconds['plain']:.2f}×" for scope in SCOPES]
-        used = int((models["two_pass"].smile_router.choice > 0).any(dim=0).sum())
+        used = int((choose_experts(models["two_pass"], pixel_values=pixels) > 0).any(dim=0).sum())
         print(f"| {count} | {used} | {seconds['plain'] * 1e3:.1f} | {' | '.join(ratios)} |", flush=True)
 
 

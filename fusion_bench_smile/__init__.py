@@ -12,7 +12,7 @@ from .config import SmileConfig
 from .construction import FactorCache, add_expert, calibrate, plan_upscaling, remove_expert, upscale, upscale_to_folder
 from .exceptions import CheckpointError, ConfigError, PlanError, SmileError
 from .io import load, metadata_of, save
-from .nn import RoutedLayer, SmileLinear, as_expert, record_routing
+from .nn import RoutedLayer, SmileLinear, as_expert, choose_experts, record_choices, record_routing, use_experts
 
 if TYPE_CHECKING:
     from .framework.method import SmileUpscalingAlgorithm
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError", "ConfigError", "FactorCache", "PlanError", "RoutedLayer", "SmileConfig", "SmileError",
-    "SmileLinear", "SmileUpscalingAlgorithm", "__version__", "add_expert", "as_expert", "calibrate",
-    "export_adapters", "load", "metadata_of", "plan_upscaling", "record_routing", "remove_expert", "save", "upscale",
-    "upscale_to_folder",
+    "SmileLinear", "SmileUpscalingAlgorithm", "__version__", "add_expert", "as_expert", "calibrate", "choose_experts",
+    "export_adapters", "load", "metadata_of", "plan_upscaling", "record_choices", "record_routing", "remove_expert",
+    "save", "upscale", "upscale_to_folder", "use_experts",
 ]  # fmt: skip
 
 

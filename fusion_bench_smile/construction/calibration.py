@@ -1,7 +1,7 @@
 """Inputs that adjust the routing: a few unlabelled ones of each task (calibration), or random ones (noise baseline)."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from ..exceptions import ConfigError, PlanError
 from ..io import metadata_of
 from ..io.metadata import describe_model
 from ..io.transformers_hook import attach_metadata
-from ..nn import InputRouter, Prototypes, entry_points, router_of
+from ..nn import InputRouter, Prototypes, deciding_module, router_of
 
 NUM_INPUTS, BATCH_SIZE, NUM_TOKENS = 256, 32, 32  # of random inputs
 Batches = Iterable[Mapping[str, Any]]
@@ -39,7 +39,7 @@ def calibrate(model: nn.Module, inputs: Mapping[str, Batches]) -> None:
         raise PlanError(f"there is no expert {unknown[0]!r} to calibrate; the experts are: {names}")
     if missing := [name for name in metadata.experts if name not in inputs]:
         raise PlanError(f"calibration needs a few inputs of every expert's task; those of {missing[0]!r} are missing")
-    module, training = entry_points(model)[0], model.training
+    module, training = deciding_module(model), model.training
     model.eval()
     try:
         features = [_features(router, module, inputs[name], name) for name in metadata.experts]
@@ -65,7 +65,7 @@ def check_calibration(inputs: Any, config: SmileConfig) -> None:
 def _features(router: InputRouter, module: nn.Module, batches: Batches, name: str) -> Tensor:
     device = next(module.parameters()).device
     moved = ({key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()} for batch in batches)
-    features = [router.features_of(module, arguments) for arguments in moved]
+    features = [router.observe(module, arguments, collects_features=True).input_features for arguments in moved]
     if not features:
         raise PlanError(f"calibration needs at least one input of {name!r}")
     return torch.cat(features)
@@ -77,11 +77,11 @@ def measure_baseline(model: nn.Module, router: InputRouter) -> Tensor:
 
     Raises PlanError if the model's inputs are neither tokens nor images.
     """
-    module, generator, training = entry_points(model)[0], torch.Generator().manual_seed(0), model.training
+    module, generator, training = deciding_module(model), torch.Generator().manual_seed(0), model.training
     model.eval()
     try:
         batches = (random_inputs(model, BATCH_SIZE, generator) for _ in range(0, NUM_INPUTS, BATCH_SIZE))
-        scores = torch.cat([router.scores_of(module, batch) for batch in batches]).float()
+        scores = torch.cat([cast(Tensor, router.observe(module, batch).scores) for batch in batches]).float()
     finally:
         model.train(training)
     return torch.stack([scores.mean(dim=0), scores.std(dim=0).clamp(min=1e-6)])

@@ -1,15 +1,19 @@
 """What runs in a loaded model; imports torch alone, and transformers for the class of `Conv1D`."""
 
-from .attachment import attach_router, detach_router, entry_points, router_of
+from .attachment import attach_router, deciding_module, detach_router, entry_points, router_of
+from .attention import SplitMultiheadAttention, split_attention
 from .execution import InputGroups, merged_parameters
 from .input_router import ROUTER_NAME, InputRouter
 from .inspection import (
     LayerRouting,
     LayerStatistics,
     as_expert,
+    choose_experts,
     observe_routing,
+    record_choices,
     record_routing,
     routing_statistics,
+    use_experts,
     weight_by_expert,
 )
 from .layer_types import LAYER_TYPES, SmileConv1D, SmileConv2d, SmileLinear, plain_type_of, routed_type_of
@@ -17,7 +21,7 @@ from .layout import DENSE, ExpertLayout
 from .prototypes import Prototypes
 from .quantization import quantize_rows, store_tensors
 from .routed import RoutedLayer, RoutingEvent, count_bytes, count_parameters, layers_with_router, routed_layers
-from .routing_state import MIN_ENERGY_SHARE, mean_over_tokens
+from .routing_state import MIN_ENERGY_SHARE, RoutingState, mean_over_tokens
 from .scoring import (
     ENERGY_SCORES,
     RIDGE,
@@ -34,12 +38,14 @@ from .scoring import (
 )
 
 __all__ = [
-    "DENSE", "ENERGY_SCORES", "LAYER_TYPES", "MIN_ENERGY_SHARE", "RIDGE", "ROUTER_NAME", "ExpertLayout",
-    "InputGroups", "InputRouter", "LayerRouting", "LayerStatistics", "Prototypes", "RoutedLayer", "RoutingEvent",
-    "SmileConv1D", "SmileConv2d", "SmileLinear", "as_expert", "attach_router", "count_bytes", "count_parameters",
-    "detach_router", "dual_coefficients", "entry_points", "expert_norms", "layers_with_router", "mean_over_tokens",
-    "merged_parameters", "observe_routing", "plain_type_of", "project_on_router", "quantize_rows", "record_routing",
-    "routed_layers", "routed_type_of", "router_of", "router_scores", "router_singular_values", "routing_features",
-    "routing_statistics", "routing_weights", "score_projections", "select_experts", "store_tensors", "token_energies",
+    "DENSE", "ENERGY_SCORES", "LAYER_TYPES", "MIN_ENERGY_SHARE", "RIDGE", "ROUTER_NAME", "ExpertLayout", "InputGroups",
+    "InputRouter", "LayerRouting", "LayerStatistics", "Prototypes", "RoutedLayer", "RoutingEvent", "RoutingState",
+    "SmileConv1D", "SmileConv2d", "SmileLinear", "SplitMultiheadAttention",
+    "as_expert", "attach_router", "choose_experts", "count_bytes",
+    "count_parameters", "deciding_module", "detach_router", "dual_coefficients", "entry_points", "expert_norms",
+    "layers_with_router", "mean_over_tokens", "merged_parameters", "observe_routing", "plain_type_of",
+    "project_on_router", "quantize_rows", "record_choices", "record_routing", "routed_layers", "routed_type_of",
+    "router_of", "router_scores", "router_singular_values", "routing_features", "routing_statistics", "routing_weights",
+    "score_projections", "select_experts", "split_attention", "store_tensors", "token_energies", "use_experts",
     "weight_by_expert",
 ]  # fmt: skip

@@ -40,15 +40,16 @@ class InputGroups(NamedTuple):
 def routed_output(layer: RoutedLayer, x: Tensor) -> Tensor:
     """The output of a routed layer for x (…, in): (…, out)."""
     router, config = layer.input_router, layer.smile_config
-    if router is not None and config.execution == "merged":
-        weights = router.weights_before_layer(layer, x)
-        groups = None if weights is None else router.group_inputs(weights)
+    state = None if router is None else router.state_for(layer)
+    if router is not None and state is not None and config.execution == "merged":
+        weights = router.weights_before_layer(state, layer, x)
+        groups = None if weights is None else router.group_inputs(state, weights)
         if groups is not None:
             return merged(layer, x, groups)
     output = layer.plain_output(x, layer.weight, cast("Tensor | None", layer.bias))
-    if router is not None:
-        weights = router.weights(layer, x, output)
-        return output if weights is None else per_input(layer, x, output, weights, router.group_inputs(weights))
+    if router is not None and state is not None:
+        weights = router.weights(state, layer, x, output)
+        return output if weights is None else per_input(layer, x, output, weights, router.group_inputs(state, weights))
     projections = project_on_router(layer, x)
     if projections is None:  # one expert, or changed biases alone: all experts have the same weight
         uniform = output.new_full((*output.shape[:-1], layer.layout.num_experts), 1 / layer.layout.num_experts)
@@ -62,6 +63,11 @@ def routed_output(layer: RoutedLayer, x: Tensor) -> Tensor:
     return masked(layer, x, output, projections, weights)
 
 
+def is_traced() -> bool:
+    """Whether a compiler, an export or a trace records the operations, which must then not depend on the routing."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def grouping_pays(layer: RoutedLayer, x: Tensor) -> bool:
     """Whether a layer is computed expert by expert for an input (…, in).
 
@@ -72,8 +78,8 @@ def grouping_pays(layer: RoutedLayer, x: Tensor) -> bool:
     if not layer.can_group_tokens:
         return False
     if config.execution != "auto":
-        return config.execution == "grouped" and config.top_k < layout.num_experts
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or config.top_k >= layout.num_experts:
+        return config.execution == "grouped" and config.top_k < layout.num_experts and not torch.jit.is_tracing()
+    if x.device.type != "cpu" or is_traced() or config.top_k >= layout.num_experts:
         return False
     out_features, in_features = layer.weight_matrix(layer.weight).shape
     tokens = x.numel() // in_features
@@ -121,7 +127,8 @@ def grouped(layer: RoutedLayer, x: Tensor, output: Tensor, projections: Tensor, 
 def per_input(layer: RoutedLayer, x: Tensor, output: Tensor, weights: Tensor, groups: InputGroups | None) -> Tensor:
     """`output` (B, …, out) plus the experts' contributions, with one weight (B, T) for all tokens of an input."""
     if groups is None:
-        token_weights = weights.view(len(weights), *[1] * (output.ndim - 2), -1).expand(*output.shape[:-1], -1)
+        shape = (weights.shape[0], *[1] * (output.ndim - 2), weights.shape[1])  # len() would fix the size of an export
+        token_weights = weights.view(shape).expand(*output.shape[:-1], -1)
         return masked(layer, x, output, project_on_router(layer, x), token_weights)
     for expert, inputs in groups.members:
         whole_batch = len(inputs) == len(x)
@@ -140,7 +147,7 @@ def per_input(layer: RoutedLayer, x: Tensor, output: Tensor, weights: Tensor, gr
 def merged(layer: RoutedLayer, x: Tensor, groups: InputGroups) -> Tensor:
     """The output (B, …, out) for x (B, …, in) with at most one expert for each input."""
     members: list[tuple[int | None, Tensor]] = [*groups.members]
-    if sum(len(inputs) for _, inputs in groups.members) < groups.num_inputs:
+    if sum(len(inputs) for _, inputs in groups.members) < groups.num_inputs or not members:
         without_expert = torch.ones(groups.num_inputs, dtype=torch.bool, device=x.device)
         for _, inputs in groups.members:
             without_expert[inputs] = False
@@ -241,7 +248,7 @@ def _add_product(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """output (…, n) + left (…, m) @ right (m, n). May write into `output`."""
     flat, left = output.reshape(-1, output.shape[-1]), left.reshape(-1, left.shape[-1]).to(right.dtype)
     # in place neither the mixed dtypes of autocast nor the dynamic sizes of an export are possible
-    in_place = flat.dtype == right.dtype and not torch.compiler.is_compiling()
+    in_place = flat.dtype == right.dtype and not is_traced()
     return (flat.addmm_(left, right) if in_place else torch.addmm(flat, left, right)).reshape(output.shape)
 
 

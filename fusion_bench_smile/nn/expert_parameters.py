@@ -6,7 +6,7 @@ them. T is the number of experts, B the number of inputs.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from ..config import ExpertParameters
 from .execution import InputGroups
 from .input_router import InputRouter
+from .routing_state import active_state
 
 NORM_TYPES = (nn.LayerNorm, nn.RMSNorm)
 NORM_SUFFIXES = ("LayerNorm", "RMSNorm")  # of classes that transformers defines for each architecture
+EMBEDDING_SUFFIXES = ("ScaledWordEmbedding", "LearnedPositionalEmbedding")  # of subclasses, linear in their weight
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -29,19 +31,26 @@ def is_norm(module: nn.Module) -> bool:
     return has_scale and getattr(module, "data_format", "channels_last") == "channels_last"  # ConvNeXt has both
 
 
+def is_embedding(module: nn.Module) -> bool:
+    """Whether a module is an embedding, with an output that is linear in its weight."""
+    is_linear = type(module) is nn.Embedding or type(module).__name__.endswith(EMBEDDING_SUFFIXES)
+    return is_linear and isinstance(module, nn.Embedding)
+
+
 def can_have_expert_parameters(name: str, module: nn.Module, selected: ExpertParameters) -> bool:
     """Whether ``expert_parameters=selected`` lets the parameters of a module differ between experts.
 
     Embeddings of relative positions are excluded: they belong to pairs of tokens and are looked up once for all inputs.
     """
-    if selected == "all" and type(module) is nn.Embedding:
-        return module.max_norm is None and "relative" not in name
+    if selected == "all" and is_embedding(module):
+        return cast(nn.Embedding, module).max_norm is None and "relative" not in name
     return selected != "layers" and is_norm(module)
 
 
-def expert_parameter_names(model: nn.Module, selected: ExpertParameters) -> list[str]:
-    """The names in the state dict of the parameters that can differ between experts."""
-    modules = {n: m for n, m in model.named_modules() if can_have_expert_parameters(n, m, selected)}
+def expert_parameter_names(model: nn.Module, selected: ExpertParameters, remove_duplicate: bool = True) -> list[str]:
+    """The names in the state dict of the parameters that can differ between experts, of each module one or all."""
+    named = model.named_modules(remove_duplicate=remove_duplicate)
+    modules = {n: m for n, m in named if can_have_expert_parameters(n, m, selected)}
     return [f"{name}.{p}" for name, module in modules.items() for p, _ in module.named_parameters(recurse=False)]
 
 
@@ -56,8 +65,10 @@ def attach_expert_parameters(
         for parameter, value in parameters.items():
             router.own[_key(name, parameter)] = nn.Parameter(value, requires_grad=False)
         module = model.get_submodule(name)
-        hook_type = _EmbeddingHook if isinstance(module, nn.Embedding) else _NormHook
-        module.register_forward_hook(hook_type(router, name))
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(_EmbeddingHook(router, name), with_kwargs=True)
+        else:
+            module.register_forward_hook(_NormHook(router, name))
 
 
 def detach_expert_parameters(model: nn.Module) -> None:
@@ -96,7 +107,7 @@ class _ExpertParametersHook:
 
 class _NormHook(_ExpertParametersHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        weights = self.router.chosen_weights(len(output))
+        weights = self.router.chosen_weights(output.shape[0])  # len() would fix the size of an export
         if weights is None:
             return output
         scale, shift = (self._of_inputs(parameter, weights, output) for parameter in ("weight", "bias"))
@@ -109,30 +120,44 @@ class _NormHook(_ExpertParametersHook):
         if differences is None:
             return None
         mixed = weights.to(differences) @ differences
-        return mixed.view(len(output), *[1] * (output.ndim - 2), -1).to(output.dtype)
+        return mixed.view(mixed.shape[0], *[1] * (output.ndim - 2), mixed.shape[1]).to(output.dtype)
 
 
 class _EmbeddingHook(_ExpertParametersHook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        num_inputs = self.router.state.num_inputs
-        if num_inputs == 0 or self.router.chosen_weights(num_inputs) is None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:  # fmt: skip
+        state = active_state(self.router)
+        if state is None or not state.num_inputs or self.router.chosen_weights(state.num_inputs) is None:
             return output
-        rows = len(output) if len(output) % num_inputs == 0 else num_inputs  # positions are looked up once for all
+        num_inputs = state.num_inputs
+        rows = output.shape[0]
+        rows = rows if rows % num_inputs == 0 else num_inputs  # positions are looked up once for all
         weights, differences = self.router.chosen_weights(rows), self.differences("weight")
         assert weights is not None
         assert differences is not None
-        ids, added = args[0].expand(rows, *args[0].shape[1:]), output.new_zeros(rows, *output.shape[1:])
-        groups = self.router.group_inputs(weights) or _all_inputs(weights)
+        added = output.new_zeros(rows, *output.shape[1:])
+        groups = self.router.group_inputs(state, weights) or _all_inputs(weights)
         for expert, inputs in groups.members:
-            embedded = nn.functional.embedding(ids[inputs], differences[expert])
+            embedded = _embed(module, differences[expert], args, kwargs, inputs, rows)
             weight = weights[inputs, expert].to(embedded.dtype)
-            added.index_add_(0, inputs, embedded * weight.view(-1, *[1] * (embedded.ndim - 1)))
+            added.index_add_(0, inputs, embedded * weight.view(weight.shape[0], *[1] * (embedded.ndim - 1)))
         return output + added
 
 
+def _embed(
+    module: nn.Module, weight: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Tensor, rows: int
+) -> Tensor:  # fmt: skip
+    """The output of an embedding with another weight for some of the `rows` inputs: (inputs, …, D)."""
+    if type(module) is nn.Embedding and args:
+        return nn.functional.embedding(args[0].expand(rows, *args[0].shape[1:])[inputs], weight)
+    embedded = torch.func.functional_call(_WithoutHooks(module), {"module.weight": weight}, args, kwargs)
+    return embedded.expand(rows, *embedded.shape[1:])[inputs]
+
+
 def _all_inputs(weights: Tensor) -> InputGroups:
-    indices = torch.arange(len(weights), device=weights.device)
-    return InputGroups(len(weights), [(expert, indices) for expert in range(weights.shape[1])])
+    indices = torch.arange(weights.shape[0], device=weights.device)
+    return InputGroups(weights.shape[0], [(expert, indices) for expert in range(weights.shape[1])])
 
 
 def _normalized(module: nn.Module, x: Tensor) -> Tensor:
@@ -156,5 +181,5 @@ class _WithoutHooks(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module.forward(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.module.forward(*args, **kwargs)

@@ -7,72 +7,85 @@
 
 Inputs are routed independently: neither the other inputs of a batch nor their order matter. Padding does not count
 where the call has an ``attention_mask``. While a model generates, the choice of the prompt is kept; that of an
-encoder-decoder is made by its encoder.
+encoder-decoder is made by its encoder. A layer whose tokens belong to no single input routes each token by itself; see
+`attribution`.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..config import RoutingScope, SmileConfig
-from .execution import InputGroups
+from .attribution import LayerInputs, find_token_layers, first_input, is_time_first, log_token_layers
+from .execution import InputGroups, is_traced
 from .prototypes import Prototypes
-from .routed import RoutedLayer
+from .routed import RoutedLayer, routed_layers
 from .routing_policy import choose_for_all_layers, choose_in_layer, group_by_expert, observe_layer
-from .routing_state import RoutingState, repeat_for_rows
+from .routing_state import (
+    CACHE_ARGUMENTS,
+    RoutingState,
+    activate,
+    active_generation,
+    active_state,
+    caches_in,
+    keep,
+    kept_state,
+    repeat_for_rows,
+    tensors_in,
+)  # fmt: skip
 
 ROUTER_NAME = "smile_router"  # the router's name as a submodule of the model
-# The first pass neither reads nor writes a cache, and computes one logit. transformers 4.48 has the last name.
-FIRST_PASS_ARGUMENTS = {"past_key_values": None, "use_cache": False, "logits_to_keep": 1, "num_logits_to_keep": 1}
+# the first pass has no cache and no loss, and computes the logits of the last token of the inputs
+FIRST_PASS_ARGUMENTS = {**dict.fromkeys(CACHE_ARGUMENTS), "use_cache": False, "labels": None}
+LOGITS = ("logits_to_keep", "num_logits_to_keep")  # the second in transformers 4.48
+
+Role = Literal["model", "encoder", "encoder_decoder"]  # of an entry point; the experts are chosen by the first two
+Forward = Callable[..., Any]
+ChoiceHook = Callable[[RoutingState], None]
 
 
 class InputRouter(nn.Module):
     """The router that the routed layers of one model share where experts are chosen for whole inputs.
 
-    T is the number of experts, B the number of inputs of a call. ``config.routing_scope`` is not ``token``.
-
-    Attributes:
-        prototypes: Calibrated prototypes, whose scores replace the experts' (``two_pass`` only), or None.
-        baseline: (2, T), mean and deviation of the experts' scores of random inputs, or None.
-        own: Module/parameter → the experts' differences to the pretrained parameter (T, …); see `expert_parameters`.
-            Checkpoints have this name.
-        forced: The weight of each expert for all inputs (T,), or for each (B, T); it overrides the scores.
-        state: The state of the current call.
+    T is the number of experts, B the number of inputs of a call. ``config.routing_scope`` is not ``token``. What a call
+    decides is in its `RoutingState`, not in the router.
     """
 
-    prototypes: Prototypes | None
-    baseline: Tensor | None
+    prototypes: Prototypes | None  # calibrated, their scores replace the experts' (``two_pass`` only)
+    baseline: Tensor | None  # (2, T), mean and deviation of the experts' scores of random inputs
+    own: nn.ParameterDict  # module/parameter → the experts' differences (T, …), see `expert_parameters`
+    token_layers: set[RoutedLayer]  # the layers whose tokens can't be attributed to inputs
 
     def __init__(self, config: SmileConfig, experts: Sequence[str]) -> None:
         super().__init__()
         self.smile_config, self.experts = config, tuple(experts)
-        self.forced: Tensor | None = None
         self.own = nn.ParameterDict()
         self.prototypes = None
         self.register_parameter("baseline", None)
-        self.state = RoutingState()
+        self.token_layers = set()
+        self._examined: set[nn.Module] = set()  # the entry points whose layers were examined for `token_layers`
+        self._choice_hooks: OrderedDict[int, ChoiceHook] = OrderedDict()
 
     @property
     def scope(self) -> RoutingScope:
         """The routing scope."""
         return self.smile_config.routing_scope
 
-    @property
-    def scores(self) -> Tensor | None:
-        """The scores that the last choice rests on, (B, T)."""
-        return self.state.scores
-
-    @property
-    def choice(self) -> Tensor | None:
-        """The weight of each expert for each of the last inputs, (B, T)."""
-        return self.state.choice
-
     def set_baseline(self, values: Tensor) -> None:
         """Standardise scores by mean and deviation, (2, T)."""
         self.baseline = nn.Parameter(values, requires_grad=False)
+
+    def register_choice_hook(self, hook: ChoiceHook) -> RemovableHandle:
+        """Have ``hook(state)`` called at the end of every call of the model."""
+        handle = RemovableHandle(self._choice_hooks)
+        self._choice_hooks[handle.id] = hook
+        return handle
 
     def forward(self, x: Any) -> Any:
         """The identity: a `torch.nn.Sequential` calls all its submodules, and the router may be one of them."""
@@ -80,99 +93,212 @@ class InputRouter(nn.Module):
 
     # -- the questions of the layers
 
-    def weights(self, layer: RoutedLayer, x: Tensor, output: Tensor) -> Tensor | None:
-        """The weight of each expert for each input of x: (rows, T). None in the first pass.
+    def state_for(self, layer: RoutedLayer) -> RoutingState | None:
+        """The state of the call in progress; None if the layer routes each token by itself.
 
         Raises RuntimeError if a part of the model was called alone, which does not see whole inputs.
         """
-        if not self.state.num_inputs:
+        state = active_state(self)
+        if state is None or state.num_inputs is None:
             raise RuntimeError(
                 f"routing_scope={self.scope} chooses experts for whole inputs, and a part of the model that does not "
-                "see whole inputs was called: call the model itself"
+                "see whole inputs was called (in a backward pass: by gradient checkpointing): call the model itself, "
+                "or name the experts by `with use_experts(model, weights)`"
             )
-        if self.state.in_first_pass:
-            observe_layer(self.state, self.smile_config, layer, x, output)
-            return None
-        if self.scope != "two_pass" and self.forced is None:
-            weights = choose_in_layer(self.state, self.smile_config, len(self.experts), layer, x, output)
-            return repeat_for_rows(weights, len(x))
-        return self.weights_before_layer(layer, x)
+        has_one_choice = state.choice is not None and state.num_inputs == 1 and state.is_given
+        return None if layer in self.token_layers and not (state.in_first_pass or has_one_choice) else state
 
-    def weights_before_layer(self, layer: RoutedLayer, x: Tensor) -> Tensor | None:
-        """The weight of each expert for each input of x, (rows, T); None if it is not known before the layer runs."""
-        if not self.state.in_first_pass and self.choice is not None:
-            layer.call_routing_hooks(x, cast(Tensor, self.scores))
-        return self.chosen_weights(len(x))
+    def weights(self, state: RoutingState, layer: RoutedLayer, x: Tensor, output: Tensor) -> Tensor | None:
+        """The weight of each expert for each input of x: (rows, T). None in the first pass."""
+        if state.inputs_of_layers is not None:
+            state.inputs_of_layers.setdefault(layer, []).append(x.detach())
+        elif state.in_first_pass:
+            if layer not in self.token_layers:
+                observe_layer(state, self.smile_config, layer, x, output)
+        elif self.scope != "two_pass" and not state.is_given:
+            weights = choose_in_layer(state, self.smile_config, len(self.experts), layer, x, output)
+            return repeat_for_rows(weights, x.shape[0])
+        else:
+            return self.weights_before_layer(state, layer, x)
+        return None
+
+    def weights_before_layer(self, state: RoutingState, layer: RoutedLayer, x: Tensor) -> Tensor | None:
+        """The weight of each expert for each input of x: (rows, T); None if it is not known before the layer runs."""
+        if state.in_first_pass or state.choice is None:
+            return None
+        layer.call_routing_hooks(x, cast(Tensor, state.scores))
+        return repeat_for_rows(state.choice, x.shape[0])
 
     def chosen_weights(self, rows: int) -> Tensor | None:
         """The weights of a choice for all layers, repeated for the beams of each input: (rows, T). None before it."""
-        if self.state.in_first_pass or self.choice is None:
+        state = active_state(self)
+        if state is None or state.in_first_pass or state.choice is None:
             return None
-        return repeat_for_rows(self.choice, rows)
+        return repeat_for_rows(state.choice, rows)
 
-    def group_inputs(self, weights: Tensor) -> InputGroups | None:
+    def group_inputs(self, state: RoutingState, weights: Tensor) -> InputGroups | None:
         """The inputs grouped by expert. With one choice for all layers they are grouped once."""
-        if torch.compiler.is_compiling():
+        if is_traced():
             return None
-        if self.scope != "two_pass" and self.forced is None:  # an accelerator would synchronise in every layer
+        if self.scope != "two_pass" and not state.is_given:  # an accelerator would synchronise in every layer
             return group_by_expert(weights) if weights.device.type == "cpu" else None
-        if self.state.groups is None or self.state.groups.num_inputs != len(weights):
-            self.state.groups = group_by_expert(weights)
-        return self.state.groups
+        if state.groups is None or state.groups.num_inputs != len(weights):
+            state.groups = group_by_expert(weights)
+        return state.groups
 
-    # -- the calls of the model; `attachment.attach_router` registers the first two as hooks
+    # -- the calls of the model; see `attachment`
 
-    def begin_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin the call of an entry point: new inputs, or the continuation of a generation."""
-        if self.state.depth:  # an entry point inside another one
-            self.state.depth += 1
-            return
-        call = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-        arguments = {**call.arguments, **call.arguments.get("kwargs", {})}
-        if not (self.state.num_inputs and _continues(arguments.get("past_key_values"))):
-            self.state = RoutingState.of_call(arguments, collects_features=self.prototypes is not None)
-            if self.forced is not None:
-                self.state.scores = self.state.choice = self.forced.expand(self.state.num_inputs, -1)
-            elif self.smile_config.refuse_unknown and self.prototypes is None:
-                raise RuntimeError("refuse_unknown=true needs calibrated prototypes: calibrate the model first")
-            elif self.scope == "two_pass":
-                self._run_first_pass(module, call)
-        self.state.depth = 1
+    def run(
+        self, module: nn.Module, role: Role, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the forward of an entry point: as the outermost call of the model, or inside of another one.
 
-    def end_call(self, *_: Any) -> None:
-        """End the call of an entry point."""
-        self.state.depth = max(0, self.state.depth - 1)
+        Raises:
+            RuntimeError: The experts can't be chosen; the message says why.
+        """
+        state = active_state(self)
+        if state is not None and (state.num_inputs is not None or role == "encoder_decoder"):
+            return forward(*args, **kwargs)
+        call = _signature(type(module).forward).bind_partial(*args, **kwargs)
+        arguments = named_arguments(call)
+        if state is not None:
+            return self._enter(state, module, role, forward, call)
+        generation = active_generation(self)
+        held = None if generation is None or generation.state is None else generation.state.copy()
+        state = held or kept_state(self, arguments) or RoutingState(router=self)
+        with activate(state):
+            output = self._enter(state, module, role, forward, call)
+            for hook in list(self._choice_hooks.values()):
+                hook(state)
+        for cache in caches_in(arguments, output):
+            keep(state.copy(), cache)
+        if generation is not None:
+            generation.state = state.copy()
+        return output
+
+    def _enter(
+        self, state: RoutingState, module: nn.Module, role: Role, forward: Forward, call: inspect.BoundArguments
+    ) -> Any:
+        """Run an entry point, before which the experts are chosen if it is the one that decides."""
+        arguments = named_arguments(call)
+        if state.num_inputs is None and role != "encoder_decoder":
+            self._begin(state, module, forward, call)
+        elif role == "encoder_decoder" and arguments.get("encoder_outputs") is not None:
+            state.encoder_output = next(tensors_in(arguments["encoder_outputs"]), None)
+            if state.num_inputs is None:
+                raise RuntimeError("encoder_outputs are not those that the encoder of this model returned: pass these")
+        output = forward(*call.args, **call.kwargs)
+        if role == "encoder":
+            state.is_decoding, state.encoder_output = True, output[0]
+            keep(state.copy(), output[0])
+        return output
+
+    def _begin(self, state: RoutingState, module: nn.Module, forward: Forward, call: inspect.BoundArguments) -> None:
+        """Take the inputs of a call, and choose their experts if they are chosen before the first layer."""
+        arguments, generation = named_arguments(call), active_generation(self)
+        if torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
+            raise RuntimeError(
+                f"gradient checkpointing computes layers outside of the call that chose their experts, which "
+                f"routing_scope={self.scope} does not support: call gradient_checkpointing_disable(), or use "
+                "routing_scope=token"
+            )
+        if self.smile_config.refuse_unknown and self.prototypes is None:
+            raise RuntimeError("refuse_unknown=true needs calibrated prototypes: calibrate the model first")
+        take_inputs(state, module, arguments, None if generation is None else generation.prompt_length)
+        if module not in self._examined and is_traced():
+            raise RuntimeError(
+                "call the model once before it is compiled, exported or traced: the first call finds the layers whose "
+                "tokens can't be attributed to inputs"
+            )
+        if module not in self._examined and state.num_inputs:
+            self._examine(module, forward, call, state.num_inputs)
+        if self.scope == "two_pass":
+            state.collects_features = self.prototypes is not None
+            self._run_first_pass(state, forward, call)
+            self._choose(state)
+
+    def _choose(self, state: RoutingState) -> None:
+        choose_for_all_layers(state, self.smile_config, len(self.experts), self.prototypes, self.baseline)
 
     @torch.no_grad()
-    def _run_first_pass(self, module: nn.Module, call: inspect.BoundArguments) -> None:
-        for name in FIRST_PASS_ARGUMENTS.keys() & call.signature.parameters.keys():
-            call.arguments[name] = FIRST_PASS_ARGUMENTS[name]
-        self.state.in_first_pass, self.state.depth = True, 1
-        try:
-            module.forward(*call.args, **call.kwargs)
-        except BaseException:
-            self.state = RoutingState()
-            raise
-        self.state.in_first_pass = False
-        choose_for_all_layers(self.state, self.smile_config, len(self.experts), self.prototypes, self.baseline)
+    def _run_first_pass(self, state: RoutingState, forward: Forward, call: inspect.BoundArguments) -> None:
+        call = inspect.BoundArguments(call.signature, call.arguments.copy())
+        changed = FIRST_PASS_ARGUMENTS | dict.fromkeys(LOGITS, state.num_candidates + 1)
+        call.arguments.update({name: changed[name] for name in changed.keys() & call.signature.parameters.keys()})
+        state.in_first_pass = True
+        forward(*call.args, **call.kwargs)
+        state.in_first_pass = False
 
-    def scores_of(self, module: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
-        """The ``two_pass`` scores of the inputs in the keyword arguments of an entry point: (B, T)."""
-        return cast(Tensor, self._observe_inputs(module, arguments, collects_features=False).scores)
+    def _examine(self, module: nn.Module, forward: Forward, call: inspect.BoundArguments, num_inputs: int) -> None:
+        """Find the layers whose tokens can't be attributed to inputs, by two passes of the first input."""
+        alone: LayerInputs = {}
+        in_pair: LayerInputs = {}
+        for number, record in ((1, alone), (2, in_pair)):
+            arguments = first_input(dict(call.arguments), num_inputs, repeated=number == 2)
+            with activate(RoutingState(router=self, num_inputs=number, inputs_of_layers=record)) as state:
+                self._run_first_pass(state, forward, inspect.BoundArguments(call.signature, OrderedDict(arguments)))
+        if len(self.own) and is_time_first(alone, in_pair):
+            raise RuntimeError(
+                f"expert_parameters={self.smile_config.expert_parameters} needs inputs along the first dimension, and "
+                f"{type(module).__name__} has them along the second: build the model with expert_parameters=layers"
+            )
+        found = find_token_layers(alone, in_pair, compares_values=not module.training) - self.token_layers
+        self._examined.add(module)
+        self.token_layers |= found
+        if found:
+            layers = routed_layers(module)
+            log_token_layers([name for name, layer in layers.items() if layer in found], len(layers), self.scope)
 
-    def features_of(self, module: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
-        """The features of the same, which prototypes are fitted to: (B, 2·T·layers), logarithms of energy shares."""
-        return self._observe_inputs(module, arguments, collects_features=True).input_features
+    def observe(self, module: nn.Module, arguments: Mapping[str, Any], collects_features: bool = False) -> RoutingState:
+        """The state after the first pass of the inputs in the keyword arguments of an entry point that decides.
 
-    def _observe_inputs(self, module: nn.Module, arguments: Mapping[str, Any], collects_features: bool) -> RoutingState:
-        self.state = RoutingState.of_call(arguments, collects_features)
-        self._run_first_pass(module, inspect.signature(module.forward).bind_partial(**arguments))
-        self.state.depth = 0
-        return self.state
+        It has ``scores`` (B, T), or ``input_features`` (B, 2·T·layers): the logarithms of energy shares that prototypes
+        are fitted to.
+        """
+        state = RoutingState(router=self, collects_features=collects_features)
+        call = _signature(type(module).forward).bind_partial(**arguments)
+        with activate(state):
+            take_inputs(state, module, named_arguments(call), None)
+            self._run_first_pass(state, module.forward, call)
+        self._choose(state)
+        return state
+
+    def choose(self, module: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
+        """The weights (B, T) that ``two_pass`` chooses for the inputs of an entry point that decides."""
+        return cast(Tensor, self.observe(module, arguments, collects_features=self.prototypes is not None).choice)
 
 
-def _continues(cache: Any) -> bool:
-    """Whether a cache holds tokens, so that the call continues inputs that were routed before."""
-    if cache is None:
-        return False
-    return cache.get_seq_length() > 0 if hasattr(cache, "get_seq_length") else len(cache) > 0
+def take_inputs(
+    state: RoutingState, module: nn.Module, arguments: Mapping[str, Any], prompt_length: int | None
+) -> None:
+    """Note the number of inputs of a call, and which of their tokens count: no padding, and nothing after a prompt.
+
+    Raises:
+        RuntimeError: There is no tensor among the arguments.
+    """
+    main_input = arguments.get(getattr(module, "main_input_name", "input_ids"))
+    inputs = main_input if isinstance(main_input, Tensor) else next(tensors_in(arguments), None)
+    if inputs is None:
+        raise RuntimeError(f"{type(module).__name__} was called without a tensor: there are no inputs to choose for")
+    state.num_inputs = inputs.shape[0]
+    mask = arguments.get("attention_mask")
+    state.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if prompt_length is not None and inputs.ndim > 1 and inputs.shape[1] > prompt_length:
+        state.num_candidates = inputs.shape[1] - prompt_length
+        state.mask = None if state.mask is None else state.mask[:, :prompt_length]
+
+
+def named_arguments(call: inspect.BoundArguments) -> dict[str, Any]:
+    """The arguments of a call by name, with those that the signature collects in a ``**kwargs``."""
+    arguments = dict(call.arguments)
+    for name, parameter in call.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments
+
+
+@lru_cache(maxsize=256)
+def _signature(method: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a method, without ``self``."""
+    parameters = list(inspect.signature(method).parameters.values())
+    return inspect.Signature(parameters[1:])

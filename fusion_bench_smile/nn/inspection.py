@@ -1,17 +1,23 @@
 """Inspection of the routers of an upscaled model, and oracle routing. Costs nothing while it is not used."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..exceptions import ConfigError, PlanError
-from .attachment import router_of
+from .attachment import deciding_module, router_of
+from .input_router import InputRouter
 from .routed import RoutingEvent, layers_with_router
+from .routing_state import RoutingState, activate
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -89,10 +95,72 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, LayerRouting]]:
 
 @contextmanager
 def routing_statistics(model: nn.Module) -> Iterator[dict[str, LayerStatistics]]:
-    """Sum up the routing of every layer with a router inside the ``with`` block, by layer name."""
+    """Sum up the routing of every layer with a router inside the ``with`` block, by layer name.
+
+    A warning names layers that were not called although others were: other code may read their weights.
+    """
     statistics = {name: LayerStatistics() for name in layers_with_router(model)}
     with observe_routing(model, lambda name, event: statistics[name].add(event)):
         yield statistics
+    silent = [name for name, layer in statistics.items() if not layer.tokens]
+    if 0 < len(silent) < len(statistics):
+        log.warning(
+            "%d of %d routed layers were not called, and their experts had no effect (first: %s)",
+            len(silent), len(statistics), silent[0],
+        )  # fmt: skip
+
+
+@contextmanager
+def record_choices(model: nn.Module) -> Iterator[list[RoutingState]]:
+    """Record the choice for the inputs of every call of a model inside the ``with`` block.
+
+    A state has ``scores`` and, with ``two_pass``, ``choice``: the weight of each expert for each input, both (B, T).
+
+    Raises:
+        ConfigError: The model routes each token (``routing_scope="token"``), or is no upscaled model.
+    """
+    choices: list[RoutingState] = []
+    handle = _router_for_inputs(model).register_choice_hook(choices.append)
+    try:
+        yield choices
+    finally:
+        handle.remove()
+
+
+def choose_experts(model: nn.Module, **inputs: Any) -> Tensor:
+    """The weight of each expert for each input, (B, T), by a first pass of the pretrained model (``two_pass``).
+
+    `inputs` are the keyword arguments of the model, or of the encoder of an encoder-decoder. `use_experts` takes the
+    result.
+
+    Raises:
+        ConfigError: The model has another ``routing_scope``, or is no upscaled model.
+    """
+    router = _router_for_inputs(model)
+    if router.scope != "two_pass":
+        raise ConfigError(f"routing_scope={router.scope} has no choice for all layers: build the model with two_pass")
+    return router.choose(deciding_module(model), inputs)
+
+
+@contextmanager
+def use_experts(model: nn.Module, weights: Tensor) -> Iterator[None]:
+    """Serve inputs with given experts inside the ``with`` block, without scoring them.
+
+    Any part of the model can be called. `weights` holds the weight of each expert for all inputs (T,), or for each
+    (B, T).
+
+    Raises:
+        ConfigError: The model routes each token (``routing_scope="token"``), is no upscaled model, or the shape is
+            another.
+    """
+    router = _router_for_inputs(model)
+    if weights.ndim not in (1, 2) or weights.shape[-1] != len(router.experts):
+        expected = f"({len(router.experts)},) or (inputs, {len(router.experts)})"
+        raise ConfigError(f"the weights of the experts have the shape {tuple(weights.shape)}; it must be {expected}")
+    weights = weights.reshape(-1, len(router.experts)).to(next(model.parameters()).device)
+    state = RoutingState(router, num_inputs=len(weights), scores=weights, choice=weights, is_given=True)
+    with activate(state):
+        yield
 
 
 @contextmanager
@@ -103,17 +171,18 @@ def as_expert(model: nn.Module, name: str) -> Iterator[None]:
         ConfigError: The model routes each token (``routing_scope="token"``), or is no upscaled model.
         PlanError: There is no such expert.
     """
+    experts = _router_for_inputs(model).experts
+    if name not in experts:
+        raise PlanError(f"there is no expert {name!r}; the experts are: {', '.join(experts)}")
+    with use_experts(model, torch.eye(len(experts))[experts.index(name)]):
+        yield
+
+
+def _router_for_inputs(model: nn.Module) -> InputRouter:
     router = router_of(model)
     if router is None:
         raise ConfigError("one expert for whole inputs needs another routing_scope than token, e.g. two_pass")
-    if name not in router.experts:
-        raise PlanError(f"there is no expert {name!r}; the experts are: {', '.join(router.experts)}")
-    one_hot = torch.eye(len(router.experts), device=next(model.parameters()).device)
-    previous, router.forced = router.forced, one_hot[router.experts.index(name)]
-    try:
-        yield
-    finally:
-        router.forced = previous
+    return router
 
 
 def weight_by_expert(scores: Tensor, experts: Tensor, weights: Tensor) -> Tensor:

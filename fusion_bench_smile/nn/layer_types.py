@@ -32,6 +32,16 @@ class SmileLinear(RoutedLayer, nn.Linear):
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
         self.add_experts(layout, config)
 
+    def resize_outputs(self, plain: nn.Linear) -> None:
+        """Take weight and bias of a plain layer with another number of outputs; the experts do not change new ones."""
+        self.weight, self.bias, self.out_features = plain.weight, plain.bias, plain.weight.shape[0]
+        for name in ("up", "dense", "dense_scale", "expert_bias"):  # their second dimension is that of the outputs
+            if (old := self._parameters[name]) is not None:
+                value = old.new_zeros(old.shape[0], self.out_features, *old.shape[2:])
+                kept = min(self.out_features, old.shape[1])
+                value[:, :kept] = old.detach()[:, :kept]
+                setattr(self, name, nn.Parameter(value, old.requires_grad))
+
 
 class SmileConv1D(RoutedLayer, Conv1D):  # type: ignore[misc]  # both declare `weight`
     """A routed transformers `Conv1D` (GPT-2's linear layer, with a weight of shape (in, out)); see `RoutedLayer`."""
@@ -46,7 +56,7 @@ class SmileConv1D(RoutedLayer, Conv1D):  # type: ignore[misc]  # both declare `w
     def plain_output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The output of a `Conv1D`, which always has a bias: (…, out)."""
         assert bias is not None
-        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
 
 
 class SmileConv2d(RoutedLayer, nn.Conv2d):

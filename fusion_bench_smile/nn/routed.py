@@ -106,6 +106,19 @@ class RoutedLayer(nn.Module):
             self._register_zeros(name, shape, torch.int8 if quantized else dtype, device)
             if name in ROW_TENSORS:
                 self._register_zeros(f"{name}_scale", (*shape[:-1], 1) if quantized else (0,), dtype, device)
+        self.set_config(config)
+
+    def set_config(self, config: SmileConfig) -> None:
+        """Take the options of the model.
+
+        Gradients reach the router rows that are directions of an expert, and others through the weights of several
+        experts. Where they reach none, the rows require no gradient: `DistributedDataParallel` would wait for it.
+        """
+        self.smile_config = config
+        reached = any(self.layout.shared_ranks) or (config.top_k > 1 and config.routing_scope != "two_pass")
+        for rows in (self._parameters["gate"], self._parameters["gate_scale"]):
+            if rows is not None and rows.is_floating_point():
+                rows.requires_grad_(self.weight.requires_grad and reached)
 
     def _register_zeros(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str

@@ -22,14 +22,14 @@ def choose_in_layer(
         return state.layer_weights[layer]
     token_scores, is_global = router_scores(layer, x, output), config.routing_scope == "global"
     if token_scores is not None:
-        scores = _input_scores(state, config, token_scores)
+        scores = _input_scores(state, config, token_scores, x)
         if is_global:
             scores = state.add_scores(scores, config.routing_score in ENERGY_SCORES)
         layer.call_routing_hooks(x, scores)
     elif is_global and state.scores is not None:
         scores = state.scores  # a layer without a router follows the layers before it
     else:
-        scores = x.new_zeros(state.num_inputs, num_experts)
+        scores = x.new_zeros(state.num_inputs or 0, num_experts)
     state.scores = scores
     state.layer_weights[layer] = routing_weights(scores, config.top_k)
     return state.layer_weights[layer]
@@ -41,9 +41,9 @@ def observe_layer(state: RoutingState, config: SmileConfig, layer: RoutedLayer, 
     if token_values is None:
         return
     if state.collects_features:
-        state.features.append(log_energy_share(state.mean_over_tokens(token_values)).float())
+        state.features.append(log_energy_share(state.mean_over_tokens(token_values, x)).float())
     else:
-        scores = _input_scores(state, config, token_values)
+        scores = _input_scores(state, config, token_values, x)
         state.scores = state.add_scores(scores, config.routing_score in ENERGY_SCORES)
 
 
@@ -54,7 +54,7 @@ def choose_for_all_layers(
     if prototypes is not None and state.features:
         state.scores = prototypes.scores(state.input_features)
     elif state.scores is None:  # no layer has a router
-        state.scores = torch.zeros(state.num_inputs, num_experts)
+        state.scores = torch.zeros(state.num_inputs or 0, num_experts)
     elif baseline is not None:
         state.scores = (state.scores - baseline[0]) / baseline[1]
     state.choice = routing_weights(state.scores, config.top_k)
@@ -68,7 +68,7 @@ def group_by_expert(weights: Tensor) -> InputGroups:
     return InputGroups(len(weights), [(expert, inputs) for expert, inputs in members if len(inputs)])
 
 
-def _input_scores(state: RoutingState, config: SmileConfig, token_scores: Tensor) -> Tensor:
+def _input_scores(state: RoutingState, config: SmileConfig, token_scores: Tensor, x: Tensor) -> Tensor:
     """The scores of inputs from those of their tokens: (B, T)."""
-    scores = state.mean_over_tokens(token_scores)
+    scores = state.mean_over_tokens(token_scores, x)
     return log_energy_share(scores) if config.routing_score in ENERGY_SCORES else scores

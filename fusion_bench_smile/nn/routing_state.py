@@ -1,31 +1,49 @@
-"""The state of one call of a model: what a router for whole inputs knows about its inputs so far."""
+"""The state of one call of a model: what a router for whole inputs knows about its inputs so far.
+
+The state lives in a context variable, so that threads do not share it, and ends with the call. While a model generates,
+a copy is kept with the cache, or with the encoder's output, that continues the inputs of the call.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .execution import InputGroups
 
 if TYPE_CHECKING:
+    from .input_router import InputRouter
     from .routed import RoutedLayer
 
 MIN_ENERGY_SHARE = 1e-12  # below it the logarithm of a share of energy is cut off
+CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state", "mems")  # of models of transformers
+KEPT = "smile_routing"  # the attribute of a cache that keeps a state
+
+_active: ContextVar[tuple[RoutingState, ...]] = ContextVar("smile_routing_states", default=())
+_kept_with_tensors = WeakTensorKeyDictionary()  # of encoder outputs, and of caches that are lists of tensors
 
 
-@dataclass
+@dataclass(eq=False)
 class RoutingState:
     """What a router knows while a batch of B inputs passes the model. T is the number of experts."""
 
-    num_inputs: int = 0  # B; 0 before the first call
-    mask: Tensor | None = None  # (B, tokens), bool, the tokens that are not padding; None without attention_mask
-    depth: int = 0  # of nested calls of entry points
+    router: InputRouter | None = None
+    num_inputs: int | None = None  # B; None until the inputs enter, e.g. the encoder
+    mask: Tensor | None = None  # (B, tokens), bool, the tokens that count; None counts all
+    num_candidates: int = 0  # tokens after the prompt that an assistant proposes, in the first call of a generation
+    encoder_output: Tensor | None = None  # (B, tokens, hidden), the input of cross-attention
+    is_decoding: bool = False  # the encoder has ended; layers of the decoder are scored by its first token
+    is_given: bool = False  # the user named the experts; with B = 1 for any number of inputs
     in_first_pass: bool = False  # the pretrained model alone processes the inputs, and its layers are scored
     collects_features: bool = False  # the first pass collects features for prototypes instead of scores
+    inputs_of_layers: dict[RoutedLayer, list[Tensor]] | None = None  # recorded instead of scored, see `attribution`
     scores: Tensor | None = None  # that the choice rests on, (B, T)
     choice: Tensor | None = None  # the weight of each expert for each input in all layers, (B, T)
     score_sum: Tensor | None = None  # over the layers so far, (B, T)
@@ -34,18 +52,17 @@ class RoutingState:
     layer_weights: dict[RoutedLayer, Tensor] = field(default_factory=dict)  # (B, T), of scopes that choose by layer
     groups: InputGroups | None = None  # the inputs by expert, for a choice that holds in all layers
 
-    @classmethod
-    def of_call(cls, arguments: Mapping[str, Any], collects_features: bool) -> RoutingState:
-        """The state at the begin of a call with these keyword arguments."""
-        num_inputs = next(len(value) for value in arguments.values() if isinstance(value, Tensor) and value.ndim)
-        mask = arguments.get("attention_mask")
-        mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        return cls(num_inputs=num_inputs, mask=mask, collects_features=collects_features)
-
     @property
     def input_features(self) -> Tensor:
         """The features of the inputs, of all layers so far: (B, 2·T·layers)."""
         return torch.cat(self.features, dim=-1)
+
+    def copy(self) -> RoutingState:
+        """The decisions so far, for a call that continues the same inputs and may add others."""
+        return replace(self, encoder_output=None, features=[], layer_weights=dict(self.layer_weights))
+
+    def __deepcopy__(self, memo: Any) -> RoutingState:
+        return self  # a copied cache continues the same inputs; a kept state does not change
 
     def add_scores(self, scores: Tensor, is_energy_score: bool) -> Tensor:
         """Add the scores (B, T) of a layer, and return those of all layers so far, (B, T).
@@ -56,9 +73,127 @@ class RoutingState:
         self.num_layers += 1
         return self.score_sum if is_energy_score else self.score_sum / self.num_layers
 
-    def mean_over_tokens(self, values: Tensor) -> Tensor:
-        """The mean over the tokens of each input, padding excluded: (…, n) → (B, n)."""
-        return mean_over_tokens(values, self.num_inputs, self.mask)
+    def mean_over_tokens(self, values: Tensor, x: Tensor) -> Tensor:
+        """The mean of values (…, n) of a layer with input x over the tokens that count of each input: (B, n)."""
+        assert self.num_inputs is not None
+        if self.num_candidates and values.ndim > 2:
+            values = values[:, : -self.num_candidates]
+        if not self.is_decoding or x is self.encoder_output:
+            return mean_over_tokens(values, self.num_inputs, self.mask)
+        return mean_over_tokens(values[:, :1] if values.ndim > 2 else values, self.num_inputs, None)
+
+
+# -- the states of the calls that are in progress in this thread
+
+
+def active_state(router: InputRouter) -> RoutingState | None:
+    """The state of the innermost call in progress whose layers ask a router; None outside of calls."""
+    return next((state for state in reversed(_active.get()) if state.router is router), None)
+
+
+@contextmanager
+def activate(state: RoutingState) -> Iterator[RoutingState]:
+    """Make a state that of the call in progress inside the ``with`` block, however it ends."""
+    token = _active.set((*_active.get(), state))
+    try:
+        yield state
+    finally:
+        _active.reset(token)
+
+
+@dataclass
+class Generation:
+    """A call of ``generate`` in progress, which keeps the choice that its first call of the model makes."""
+
+    router: InputRouter
+    prompt_length: int | None  # tokens that are chosen by; None for an encoder-decoder
+    state: RoutingState | None = None
+
+
+_generations: ContextVar[tuple[Generation, ...]] = ContextVar("smile_generations", default=())
+
+
+def active_generation(router: InputRouter) -> Generation | None:
+    """The call of ``generate`` in progress in this thread; None outside of one."""
+    return next((generation for generation in _generations.get() if generation.router is router), None)
+
+
+@contextmanager
+def generate_with(generation: Generation) -> Iterator[None]:
+    """Make a generation that in progress inside the ``with`` block."""
+    token = _generations.set((*_generations.get(), generation))
+    try:
+        yield
+    finally:
+        _generations.reset(token)
+
+
+# -- states that outlast their call, with the object that continues its inputs
+
+
+def keep(state: RoutingState, holder: Any) -> None:
+    """Keep the decisions of a state with a cache, or with the output of an encoder."""
+    if isinstance(holder, (list, tuple)):
+        holder = next(iter(tensors_in(holder)), None)
+    if isinstance(holder, Tensor):
+        _kept_with_tensors[holder] = state
+    elif holder is not None:
+        setattr(holder, KEPT, state)
+
+
+def kept_state(router: InputRouter, arguments: Mapping[str, Any]) -> RoutingState | None:
+    """A copy of the state that is kept with the cache or the encoder's output in the arguments of a call.
+
+    Raises:
+        RuntimeError: A cache holds tokens whose experts this router has not chosen.
+    """
+    for name in CACHE_ARGUMENTS:
+        cache = arguments.get(name)
+        state = _state_of_holder(cache)
+        if state is not None and state.router is router:
+            return state.copy()
+        if state is not None or _has_tokens(cache):
+            raise RuntimeError(
+                f"{name} holds tokens whose experts this model has not chosen; call the model with the whole input, or "
+                "with a cache that an earlier call of it returned"
+            )
+    state = _state_of_holder(arguments.get("encoder_outputs"))
+    return state.copy() if state is not None and state.router is router else None
+
+
+def _state_of_holder(holder: Any) -> RoutingState | None:
+    if isinstance(holder, (list, tuple)) or hasattr(holder, "last_hidden_state"):
+        holder = next(iter(tensors_in(holder)), None)
+    return _kept_with_tensors.get(holder) if isinstance(holder, Tensor) else getattr(holder, KEPT, None)
+
+
+def _has_tokens(cache: Any) -> bool:
+    if hasattr(cache, "get_seq_length"):
+        return bool(cache.get_seq_length() > 0)
+    return isinstance(cache, (list, tuple)) and len(cache) > 0
+
+
+def caches_in(arguments: Mapping[str, Any], output: Any) -> list[Any]:
+    """The caches in the arguments and in the output of a call."""
+    found = [arguments.get(name) for name in CACHE_ARGUMENTS]
+    if isinstance(output, Mapping):
+        found += [output.get(name) for name in CACHE_ARGUMENTS]
+    elif isinstance(output, tuple):
+        found += [value for value in output if hasattr(value, "get_seq_length")]
+    return [cache for cache in found if cache is not None and not isinstance(cache, Tensor)]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors with at least one dimension in nested mappings and sequences."""
+    if isinstance(value, Tensor):
+        if value.ndim:
+            yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
+
+
+# -- tokens and inputs
 
 
 def mean_over_tokens(values: Tensor, num_inputs: int, mask: Tensor | None) -> Tensor:
@@ -72,16 +207,17 @@ def mean_over_tokens(values: Tensor, num_inputs: int, mask: Tensor | None) -> Te
     Raises:
         RuntimeError: rows is no multiple of `num_inputs`.
     """
-    rows = len(values)
-    if rows % num_inputs:
-        raise RuntimeError(f"leading dimension {rows} is not a multiple of the batch size {num_inputs}")
+    rows = values.shape[0]
+    if not rows:
+        return values.new_zeros(num_inputs, values.shape[-1])
+    _check_rows(rows, num_inputs)
     values = values.reshape(rows, -1, values.shape[-1])
     if mask is not None and values.shape[1] == 1 and rows == mask.numel():  # tokens of all inputs in one dimension
         values = values.reshape(num_inputs, -1, values.shape[-1])
     if mask is None or mask.shape[1] != values.shape[1]:
         means = values.mean(dim=1)
     else:
-        counted = repeat_for_rows(mask, len(values)).to(values.device, values.dtype)[..., None]
+        counted = repeat_for_rows(mask, values.shape[0]).to(values.device, values.dtype)[..., None]
         means = (values * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
     return means.reshape(num_inputs, -1, means.shape[-1]).mean(dim=1)  # over the beams of an input
 
@@ -91,9 +227,15 @@ def repeat_for_rows(values: Tensor, rows: int) -> Tensor:
 
     Raises RuntimeError if rows is not a multiple of B.
     """
-    if rows % len(values):
-        raise RuntimeError(f"leading dimension {rows} is not a multiple of the batch size {len(values)}")
-    return values if rows == len(values) else values.repeat_interleave(rows // len(values), dim=0)
+    if rows == values.shape[0]:
+        return values
+    _check_rows(rows, values.shape[0])
+    return values.repeat_interleave(rows // values.shape[0], dim=0)
+
+
+def _check_rows(rows: int, num_inputs: int) -> None:
+    if not num_inputs or rows % num_inputs:
+        raise RuntimeError(f"leading dimension {rows} is not a multiple of the batch size {num_inputs}")
 
 
 def log_energy_share(shares: Tensor) -> Tensor:

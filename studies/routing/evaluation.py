@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusion_bench_smile.nn import RoutingEvent, layers_with_router, observe_routing, router_of
+from fusion_bench_smile import use_experts
+from fusion_bench_smile.nn import RoutingEvent, layers_with_router, observe_routing
 from smile_zoo.images import Split
 from studies.routing.benchmarks import Benchmark
 
@@ -28,9 +29,7 @@ class Evaluator:
     """
 
     def __init__(self, benchmark: Benchmark, model: nn.Module, split: Split) -> None:
-        router = router_of(model)
-        assert router is not None
-        self.benchmark, self.model, self._router = benchmark, model, router
+        self.benchmark, self.model = benchmark, model
         self._batches = [(task, *pair) for task in benchmark.tasks for pair in benchmark.batches(task, split)]
         self.tasks = torch.cat(
             [torch.full((len(labels),), benchmark.tasks.index(task)) for task, _, labels in self._batches]
@@ -71,11 +70,8 @@ class Evaluator:
     def _run(self, number: int, indices: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
         """Run some rows of a batch with weights (rows, T): (rows,), bool."""
         task, batch, labels = self._batches[number]
-        self._router.forced = weights
-        try:
+        with use_experts(self.model, weights):
             logits = self.benchmark.logits(self.model, {key: value[rows] for key, value in batch.items()}, task)
-        finally:
-            self._router.forced = None
         return logits.argmax(-1) == labels[rows]
 
 

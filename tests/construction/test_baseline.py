@@ -22,12 +22,11 @@ def test_a_noise_baseline_makes_random_inputs_neutral(make, tmp_path: Path) -> N
     assert metadata_of(standardised).provenance.parameters[1] == count_parameters(standardised)
     router, generator = router_of(standardised), torch.Generator().manual_seed(7)
     entry_point = standardised.get_encoder() if make is t5 else standardised
-    scores = router.scores_of(entry_point, random_inputs(standardised, 300, generator))
+    scores = router.observe(entry_point, random_inputs(standardised, 300, generator)).scores
     assert scores.mean(0).abs().max() < 0.35
     assert (scores.std(0) - 1).abs().max() < 0.35
-    biased = router_of(plain).scores_of(
-        plain.get_encoder() if make is t5 else plain, random_inputs(plain, 300, torch.Generator().manual_seed(7))
-    )
+    inputs = random_inputs(plain, 300, torch.Generator().manual_seed(7))
+    biased = router_of(plain).observe(plain.get_encoder() if make is t5 else plain, inputs).scores
     assert biased.mean(0).std() > 0
     save(standardised, tmp_path / "model")
     assert torch.equal(router_of(load(tmp_path / "model")).baseline, router.baseline)

@@ -15,6 +15,7 @@ from fusion_bench_smile import (
     SmileConfig,
     add_expert,
     calibrate,
+    choose_experts,
     load,
     metadata_of,
     save,
@@ -43,8 +44,7 @@ def calibrated(count: int = 12, **options: object) -> nn.Module:
 
 
 def choice_for(model: nn.Module, inputs: Tensor) -> Tensor:
-    output(model, {"pixel_values": inputs})
-    return router_of(model).choice
+    return choose_experts(model, pixel_values=inputs)
 
 
 def test_calibration_finds_the_task_and_is_saved(tmp_path: Path) -> None:

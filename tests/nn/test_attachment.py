@@ -16,6 +16,7 @@ from fusion_bench_smile.nn import (
     InputRouter,
     RoutedLayer,
     attach_router,
+    deciding_module,
     detach_router,
     entry_points,
     router_of,
@@ -49,13 +50,16 @@ def test_the_entry_points_of_the_architectures() -> None:
     towers, encoder_decoder, decoder = clip_tower(), t5(), tied_llama()
     options = {"k": 4, "gate_k": 2, "routing_scope": "two_pass"}
     model = upscale(towers, experts_of(towers), **options)
+    assert set(entry_points(model).values()) == {"model"}
     assert [type(module).__name__ for module in entry_points(model)][:2] == ["CLIPVisionModel", "CLIPVisionTransformer"]
     model = upscale(encoder_decoder, experts_of(encoder_decoder), **options)
-    assert entry_points(model)[0] is model.get_encoder()
+    assert entry_points(model)[model] == "encoder_decoder"
+    assert entry_points(model)[model.get_encoder()] == "encoder"
+    assert deciding_module(model) is model.get_encoder()
     model = upscale(decoder, experts_of(decoder), **options)
-    assert entry_points(model) == [model]  # the head is routed too, and lies outside of the inner model
+    assert list(entry_points(model)) == [model]  # the head is routed too, and lies outside of the inner model
     model = upscale(decoder, experts_of(decoder), exclude_modules=["lm_head"], **options)
-    assert entry_points(model)[:2] == [model, model.model]
+    assert list(entry_points(model))[:2] == [model, model.model]
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -91,7 +95,7 @@ def test_a_detached_router_leaves_nothing_behind(make, inputs) -> None:
     detach_router(model)
     assert router_of(model) is None
     assert all(layer.input_router is None for layer in layers(model))
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any({"forward", "generate"} & module.__dict__.keys() for module in model.modules())
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert torch.equal(output(model, x), output(plain, x))
     attach_router(model, InputRouter(router.smile_config, router.experts))

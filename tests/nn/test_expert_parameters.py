@@ -11,8 +11,8 @@ from conftest import clip_inputs, clip_tower, experts_of, output, perturbed, t5,
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM
 
-from fusion_bench_smile import as_expert, load, metadata_of, save, upscale
-from fusion_bench_smile.nn import count_parameters, router_of
+from fusion_bench_smile import as_expert, choose_experts, load, metadata_of, save, upscale, use_experts
+from fusion_bench_smile.nn import count_parameters
 from fusion_bench_smile.nn.expert_parameters import (
     detach_expert_parameters,
     expert_parameter_names,
@@ -47,7 +47,9 @@ def test_all_parameters_of_an_expert_are_lossless(make, execution: str, tmp_path
             torch.testing.assert_close(output(model, inputs), output(expert, inputs), atol=2e-4, rtol=2e-4)
     routed = output(model, inputs)
     outputs = [output(expert, inputs) for expert in experts]
-    for row, expert in enumerate(router_of(model).choice.argmax(-1).tolist()):  # of a batch with several experts
+    encoder_inputs = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+    choice = choose_experts(model, **encoder_inputs).argmax(-1).tolist()
+    for row, expert in enumerate(choice):  # of a batch with several experts
         torch.testing.assert_close(routed[row], outputs[expert][row], atol=2e-4, rtol=2e-4)
     save(model, tmp_path / "model")
     assert torch.equal(output(load(tmp_path / "model").eval(), inputs), routed)
@@ -85,8 +87,8 @@ def test_norms_that_scale_by_one_plus_the_weight(make) -> None:
     for number, expected in enumerate(outputs):
         with as_expert(model, str(number)):
             torch.testing.assert_close(output(model, inputs), expected, atol=2e-4, rtol=2e-4)
-    router_of(model).forced = torch.eye(2)[[0, 1, 1, 0]]
-    routed = output(model, inputs)
+    with use_experts(model, torch.eye(2)[[0, 1, 1, 0]]):
+        routed = output(model, inputs)
     for row, expert in enumerate([0, 1, 1, 0]):
         torch.testing.assert_close(routed[row], outputs[expert][row], atol=2e-4, rtol=2e-4)
     pretrained_norms = upscale(base, experts, **options)

@@ -11,19 +11,28 @@ from conftest import ARCHITECTURES, clip_inputs, clip_tower, experts_of, output,
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, T5ForConditionalGeneration
 
-from fusion_bench_smile import as_expert, load, record_routing, save, upscale
-from fusion_bench_smile.nn import InputRouter, RoutedLayer, router_of, router_scores
-from fusion_bench_smile.nn.routing_state import RoutingState
+from fusion_bench_smile import (
+    as_expert,
+    choose_experts,
+    load,
+    record_choices,
+    record_routing,
+    save,
+    upscale,
+    use_experts,
+)
+from fusion_bench_smile.nn import RoutedLayer, RoutingState, router_of, router_scores
 
 SCOPES = ("sequence", "global", "two_pass")
 SCORES = ("norm", "weighted", "relative", "dual", "output")
 
 
-def choice_of(model: nn.Module) -> Tensor:
-    router = router_of(model)
-    assert router is not None
-    assert router.choice is not None
-    return router.choice
+def choice_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The choice in a call of the model."""
+    with record_choices(model) as calls:
+        output(model, inputs)
+    assert calls[-1].choice is not None
+    return calls[-1].choice
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +65,7 @@ def test_two_pass_adds_the_deltas_of_the_chosen_experts(tower: nn.Module, execut
     ).double()
     inputs = {"pixel_values": torch.randn(5, 3, 28, 28, dtype=torch.float64)}
     result = output(model, inputs)
-    for row, weights in enumerate(choice_of(model)):
+    for row, weights in enumerate(choice_of(model, inputs)):
         assert int((weights > 0).sum()) == top_k
         assert weights.sum() == pytest.approx(1)
         merged = copy.deepcopy(tower).double()
@@ -84,7 +93,7 @@ def test_merged_weights_compute_the_same(name: str, options: dict[str, object]) 
     with record_routing(merged) as routing:
         torch.testing.assert_close(output(merged, inputs), expected, atol=1e-9, rtol=1e-9)
     assert all(len(layer.experts) for layer in routing.values())
-    assert torch.equal(choice_of(merged), choice_of(grouped))
+    assert torch.equal(choice_of(merged, inputs), choice_of(grouped, inputs))
     for expert in ("0", "2"):
         with as_expert(merged, expert), as_expert(grouped, expert):
             torch.testing.assert_close(output(merged, inputs), output(grouped, inputs), atol=1e-9, rtol=1e-9)
@@ -100,8 +109,8 @@ def test_an_expert_may_have_changed_biases_alone(tower: nn.Module, top_k: int) -
             layer.weight += 0.05 * torch.randn_like(layer.weight)
     model = upscale(tower, [biases, weights], k=32, gate_k=4, top_k=top_k, routing_scope="two_pass")
     images = torch.randn(6, 3, 28, 28)
-    router_of(model).forced = torch.eye(2)[[0, 1, 1, 0, 0, 1]]
-    result = output(model, {"pixel_values": images})
+    with use_experts(model, torch.eye(2)[[0, 1, 1, 0, 0, 1]]):
+        result = output(model, {"pixel_values": images})
     expected = [output(expert, {"pixel_values": images}) for expert in (biases, weights)]
     for row, expert in enumerate([0, 1, 1, 0, 0, 1]):
         torch.testing.assert_close(result[row], expected[expert][row], rtol=1e-4, atol=1e-4)
@@ -110,14 +119,14 @@ def test_an_expert_may_have_changed_biases_alone(tower: nn.Module, top_k: int) -
 def test_merged_weights_leave_inputs_without_an_expert_alone(tower: nn.Module) -> None:
     model = upscale(tower, experts_of(tower), k=4, gate_k=2, routing_scope="two_pass", execution="merged")
     layer = next(layer for layer in model.modules() if isinstance(layer, RoutedLayer))
-    x, router = torch.randn(5, 3, layer.weight.shape[1]), router_of(model)
+    x = torch.randn(5, 3, layer.weight.shape[1])
     choice = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0]], dtype=torch.float)
-    router.state = RoutingState(num_inputs=5, scores=torch.zeros(5, 3), choice=choice)
-    result, plain = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
+    with use_experts(model, choice):
+        result, plain = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
     torch.testing.assert_close(result[[0, 2]], plain[[0, 2]])
     assert (result[[1, 3, 4]] - plain[[1, 3, 4]]).abs().amax(dim=(1, 2)).min() > 1e-4
-    router.state = RoutingState(num_inputs=5, scores=torch.zeros(5, 3), choice=torch.zeros(5, 3))
-    torch.testing.assert_close(layer(x), plain)
+    with use_experts(model, torch.zeros(5, 3)):
+        torch.testing.assert_close(layer(x), plain)
 
 
 def test_two_pass_chooses_by_the_hidden_states_of_the_pretrained_model(tower: nn.Module) -> None:
@@ -135,9 +144,10 @@ def test_two_pass_chooses_by_the_hidden_states_of_the_pretrained_model(tower: nn
         hook.remove()
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, RoutedLayer)}
     expected = torch.stack([router_scores(layers[name], states[name]).mean(dim=1) for name in layers]).mean(dim=0)
-    output(model, inputs)
-    torch.testing.assert_close(router_of(model).scores, expected)
-    assert torch.equal(choice_of(model).argmax(-1), expected.argmax(-1))
+    with record_choices(model) as calls:
+        output(model, inputs)
+    torch.testing.assert_close(calls[0].scores, expected)
+    assert torch.equal(choice_of(model, inputs).argmax(-1), expected.argmax(-1))
 
 
 def test_global_chooses_by_all_layers_so_far(tower: nn.Module) -> None:
@@ -154,11 +164,11 @@ def test_global_chooses_by_all_layers_so_far(tower: nn.Module) -> None:
     assert any(not torch.allclose(so_far[name].scores[0], each[name].scores[0]) for name in others)
 
 
-def choices(router: InputRouter, scope: str) -> list[Tensor]:
+def choices(state: RoutingState, scope: str) -> list[Tensor]:
     """The experts of each layer, or the weights of the choice for all layers."""
     if scope == "two_pass":
-        return [router.state.choice]
-    return [weights.argmax(-1) for weights in router.state.layer_weights.values()]
+        return [state.choice]
+    return [weights.argmax(-1) for weights in state.layer_weights.values()]
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -167,16 +177,17 @@ def test_a_decoder_keeps_the_choice_of_its_prompt(scope: str, beams: int) -> Non
     base = tied_llama()
     model: LlamaForCausalLM = upscale(base, experts_of(base, scale=0.3), k=4, gate_k=2, routing_scope=scope)
     prompt = torch.randint(1, 40, (3, 5))
-    with torch.no_grad():
+    with torch.no_grad(), record_choices(model) as calls:
         last = next(n for n in inspect.signature(model.forward).parameters if n.endswith("logits_to_keep"))
         model(input_ids=prompt, **{last: 1})  # as generation does; transformers 4.48 has another name
-    router = router_of(model)
-    first = choices(router, scope)
-    generated = model.generate(prompt, max_new_tokens=4, do_sample=False, num_beams=beams, pad_token_id=0)
+        generated = model.generate(prompt, max_new_tokens=4, do_sample=False, num_beams=beams, pad_token_id=0)
+    first = choices(calls[0], scope)
     assert generated.shape[0] == 3
     assert generated.shape[1] > 5
-    for before, later in zip(first, choices(router, scope), strict=True):
-        assert torch.equal(later, before.repeat_interleave(len(later) // len(before), dim=0))
+    assert len(calls) > 2
+    for state in calls[1:]:
+        for before, later in zip(first, choices(state, scope), strict=True):
+            assert torch.equal(later, before.repeat_interleave(len(later) // len(before), dim=0))
     one_by_one = [
         model.generate(row[None], max_new_tokens=4, do_sample=False, num_beams=beams, pad_token_id=0) for row in prompt
     ]
@@ -196,7 +207,7 @@ def test_generation_equals_that_of_the_chosen_expert() -> None:
     model = upscale(base, experts, k=16, gate_k=2, routing_scope="two_pass", exclude_modules=["lm_head"])
     prompt = torch.randint(1, 40, (4, 5))
     generated = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    for row, expert in enumerate(choice_of(model).argmax(-1).tolist()):
+    for row, expert in enumerate(choose_experts(model, input_ids=prompt).argmax(-1).tolist()):
         expected = experts[expert].generate(prompt[row][None], max_new_tokens=6, do_sample=False, pad_token_id=0)
         assert torch.equal(generated[row, : expected.shape[1]], expected[0])
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from fusion_bench_smile import upscale
-from fusion_bench_smile.nn import MIN_ENERGY_SHARE, mean_over_tokens, router_of
-from fusion_bench_smile.nn.routing_state import RoutingState, log_energy_share, repeat_for_rows
+from fusion_bench_smile import record_choices, upscale
+from fusion_bench_smile.nn import MIN_ENERGY_SHARE, RoutingState, mean_over_tokens
+from fusion_bench_smile.nn.routing_state import log_energy_share, repeat_for_rows
 
 SCOPES = ("sequence", "global", "two_pass")
 
@@ -55,7 +55,7 @@ def test_the_mean_over_tokens_is_that_of_loops(inputs, beams, tokens, masked, se
     expected = mean_in_loops(values, inputs, mask)
     torch.testing.assert_close(mean_over_tokens(values, inputs, mask).double(), expected, rtol=1e-5, atol=1e-6)
     state = RoutingState(num_inputs=inputs, mask=mask)
-    assert torch.equal(state.mean_over_tokens(values), mean_over_tokens(values, inputs, mask))
+    assert torch.equal(state.mean_over_tokens(values, values), mean_over_tokens(values, inputs, mask))
 
 
 def test_tokens_may_have_several_dimensions_or_be_flattened():
@@ -99,14 +99,15 @@ def test_padding_does_not_count(scope: str) -> None:
     base = bert(2)
     model = upscale(base, experts_of(base), k=8, gate_k=4, routing_scope=scope, routing_score="relative")
     ids = torch.randint(1, 50, (3, 7))
-    plain = output(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    choice = router_of(model).choice if scope == "two_pass" else None
+    with record_choices(model) as calls:
+        plain = output(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     padded = torch.cat([ids, torch.randint(1, 50, (3, 5))], dim=1)
     mask = torch.cat([torch.ones_like(ids), torch.zeros(3, 5, dtype=torch.long)], dim=1)
-    longer = output(model, {"input_ids": padded, "attention_mask": mask})[:, :7]
+    with record_choices(model) as padded_calls:
+        longer = output(model, {"input_ids": padded, "attention_mask": mask})[:, :7]
     torch.testing.assert_close(longer, plain, atol=1e-5, rtol=1e-5)
-    if choice is not None:
-        assert torch.equal(router_of(model).choice, choice)
+    if scope == "two_pass":
+        assert torch.equal(padded_calls[0].choice, calls[0].choice)
 
 
 def test_padding_does_count_without_a_mask() -> None:
@@ -114,7 +115,7 @@ def test_padding_does_count_without_a_mask() -> None:
     base = bert(1)
     model = upscale(base, experts_of(base), k=8, gate_k=4, routing_scope="two_pass")
     ids = torch.randint(1, 50, (3, 7))
-    output(model, {"input_ids": ids})
-    before = router_of(model).scores.clone()
-    output(model, {"input_ids": torch.cat([ids, torch.randint(1, 50, (3, 5))], dim=1)})
-    assert not torch.allclose(router_of(model).scores, before, atol=1e-6)
+    with record_choices(model) as calls:
+        output(model, {"input_ids": ids})
+        output(model, {"input_ids": torch.cat([ids, torch.randint(1, 50, (3, 5))], dim=1)})
+    assert not torch.allclose(calls[1].scores, calls[0].scores, atol=1e-6)

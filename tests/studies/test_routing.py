@@ -13,9 +13,9 @@ import torch
 from conftest import clip_tower, experts_of
 from torch import Tensor, nn
 
-from fusion_bench_smile import FactorCache, as_expert, calibrate, upscale
+from fusion_bench_smile import FactorCache, as_expert, calibrate, record_choices, upscale
 from fusion_bench_smile.construction import random_inputs
-from fusion_bench_smile.nn import layers_with_router, router_of, routing_weights
+from fusion_bench_smile.nn import layers_with_router, routing_weights
 from studies.routing import baselines, first_pass, model_selection, report, variants
 from studies.routing.__main__ import main
 from studies.routing.alternative_scores import DESCRIPTIONS
@@ -109,12 +109,11 @@ def test_weights_from_first_passes_are_the_choice_of_the_model(
     if variant.calibration:
         training = {t: torch.cat([b["pixel_values"] for b, _ in small.batches(t, "train")]) for t in small.tasks}
         calibrate(model, {t: [{"pixel_values": pixels[: variant.calibration]}] for t, pixels in training.items()})
-    choices = []
-    with torch.no_grad():
+    with torch.no_grad(), record_choices(model) as calls:
         for batch in inputs_of(small, "test"):
             model(**batch)
-            choices.append(router_of(model).choice)
-    torch.testing.assert_close(weights, torch.cat(choices), atol=1e-4, rtol=1e-4)
+    choices = torch.cat([state.choice for state in calls])
+    torch.testing.assert_close(weights, choices, atol=1e-4, rtol=1e-4)
 
 
 def test_an_evaluator_runs_the_given_experts(small: SmallBenchmark) -> None:
