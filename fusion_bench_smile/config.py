@@ -33,8 +33,9 @@ class SmileConfig:
         routing_use_diff: Route on the deltas Wᵢ − W₀ (True) or on the fine-tuned weights Wᵢ (False).
         average_experts: Average the experts' parameters outside the upscaled layers, instead of the pretrained ones.
         convolutions: Upscale `torch.nn.Conv2d` layers too, except grouped convolutions.
-        target_modules: Name patterns (``fnmatch``) of the layers to upscale. None selects all of them.
-        exclude_modules: Name patterns of layers that stay as pretrained.
+        target_modules: The layers to upscale, as in PEFT: ends of names (``"q_proj"``), regular expressions, or
+            ``"all-linear"``; also patterns with wildcards. None selects all of them, the output head included.
+        exclude_modules: Layers that stay as pretrained, in the same form.
         execution: How a routed layer is computed: ``"auto"``, ``"grouped"``, ``"masked"`` or, with ``two_pass`` and
             ``top_k=1``, ``"merged"``. See `fusion_bench_smile.nn.execution`.
         routing_scope: What shares one choice of experts: each ``"token"`` of each layer (the paper), each input in each

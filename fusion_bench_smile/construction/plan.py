@@ -1,12 +1,10 @@
 """The plan: which layers are upscaled, to which ranks. Whatever can fail is checked before the first factorization."""
 
-import difflib
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import cast
 
@@ -15,7 +13,8 @@ from torch import Tensor, nn
 
 from ..config import SmileConfig
 from ..exceptions import ConfigError, PlanError
-from ..nn import DENSE, RoutedLayer, count_parameters, plain_type_of, routed_type_of
+from ..nn import DENSE, RoutedLayer, count_parameters, routed_type_of
+from .layer_selection import candidate_layers, select_layers
 from .parallel import map_in_parallel, num_workers
 from .rank_allocation import LayerSpectra, allocate, summarize_ranks
 
@@ -77,6 +76,8 @@ class Plan:
     num_experts: int
     tensors: dict[str, torch.Size]  # name → shape of every parameter and persistent buffer of the pretrained model
     other_tensors: tuple[str, ...]  # names of those that belong to no upscaled layer, also not by being tied to one
+    tied_tensors: dict[str, str]  # name under which another module holds a tensor of an upscaled layer → that layer
+    recurrent_tensors: frozenset[str]  # names of those of recurrent layers
     kept_layers: tuple[str, ...]  # the linear layers that stay as pretrained
     parameters: int  # the number of parameters of the pretrained model
 
@@ -142,8 +143,8 @@ def make_plan(pretrained: nn.Module, num_experts: int, config: SmileConfig) -> P
     """Plan the upscaling of a pretrained model.
 
     Raises:
-        PlanError: There are no experts or no layers to upscale, a weight is not finite, or a layer's weight is read
-            past its ``forward``.
+        PlanError: There are no experts or no layers to upscale, a weight is not finite, or routing can't serve the
+            model or a layer; see `select_layers`.
         ConfigError: `top_k` is above the number of experts, a rank is too large for every layer, or a module pattern
             matches nothing.
     """
@@ -154,16 +155,19 @@ def make_plan(pretrained: nn.Module, num_experts: int, config: SmileConfig) -> P
     for name, parameter in pretrained.named_parameters():
         if not parameter.is_meta:  # otherwise it is checked when it is read
             check_finite(parameter, name, "the pretrained model")
-    candidates = _candidate_layers(pretrained, config)
-    selected = _select_layers(pretrained, candidates, config)
+    candidates = candidate_layers(pretrained, config)
+    selected = select_layers(pretrained, candidates, config)
     layers = tuple(_plan_layer(name, layer, config) for name, layer in selected.items())
-    _check_ranks(layers, config)
-    inside: set[int] = {id(p) for layer in selected.values() for p in layer.parameters()}
+    _check_ranks(layers, config, num_experts)
+    inside = {id(p): name for name, layer in selected.items() for p in layer.parameters()}
     tensors: dict[str, Tensor] = dict(pretrained.state_dict(keep_vars=True))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     others = tuple(name for name, tensor in tensors.items() if id(tensor) not in inside)
+    outside = _names_outside(pretrained, list(selected))
+    tied = {name: inside[id(tensor)] for name, tensor in tensors.items() if id(tensor) in inside and name in outside}
     kept = tuple(name for name in candidates if name not in selected)
-    return Plan(layers, num_experts, shapes, others, kept, count_parameters(pretrained))
+    recurrent = _recurrent_tensors(pretrained)
+    return Plan(layers, num_experts, shapes, others, tied, recurrent, kept, count_parameters(pretrained))
 
 
 def estimate_seconds(plan: Plan, factor: Callable[[Tensor, int], tuple[Tensor, ...]], workers: int) -> float:
@@ -202,51 +206,21 @@ def check_finite(tensor: Tensor, name: str, label: str) -> None:
         raise PlanError(f"{label} holds {kind} in {name}; it was not saved or trained correctly")
 
 
-def _candidate_layers(model: nn.Module, config: SmileConfig) -> dict[str, nn.Module]:
-    """Every layer of a type that the options allow. The weight of a grouped convolution is not a single matrix."""
-    layers = {name: module for name, module in model.named_modules() if plain_type_of(module)}
-    return {n: m for n, m in layers.items() if not isinstance(m, nn.Conv2d) or (config.convolutions and m.groups == 1)}
+def _names_outside(model: nn.Module, layers: Sequence[str]) -> set[str]:
+    """The names of the parameters of all modules but some layers, and the modules around them.
+
+    The latter hold a parameter of a layer without using it: BERT's prediction head has the bias of its decoder.
+    """
+    paths = [name.split(".") for name in layers]
+    around = {model.get_submodule(".".join(path[:depth])) for path in paths for depth in range(len(path) + 1)}
+    outside = ((name, module) for name, module in model.named_modules(remove_duplicate=False) if module not in around)
+    return {f"{name}.{parameter}" for name, module in outside for parameter in module._parameters}
 
 
-def _select_layers(model: nn.Module, candidates: dict[str, nn.Module], config: SmileConfig) -> dict[str, nn.Module]:
-    for pattern in (*(config.target_modules or ()), *config.exclude_modules):
-        if not any(fnmatchcase(name, pattern) for name in candidates):
-            near = difflib.get_close_matches(pattern, candidates, n=1, cutoff=0.3)
-            hint = f"; a linear layer is called {near[0]}" if near else ""
-            raise ConfigError(f"the module pattern {pattern!r} matches no linear layer of this model{hint}")
-    targets = ("*",) if config.target_modules is None else config.target_modules
-    targeted = {name for name in candidates if any(fnmatchcase(name, p) for p in targets)}
-    excluded = {name for name in candidates if any(fnmatchcase(name, p) for p in config.exclude_modules)}
-    selected = {name: layer for name, layer in candidates.items() if name in targeted - excluded}
-    for name, layer in selected.items():
-        _check_layer(model, name, layer)
-    if not selected:
-        raise PlanError(_nothing_to_upscale(model, len(candidates), config))
-    return selected
-
-
-def _check_layer(model: nn.Module, name: str, module: nn.Module) -> None:
-    plain = cast("type[nn.Module]", plain_type_of(module))
-    if type(module).forward is not plain.forward:
-        raise PlanError(
-            f"{name} is a {type(module).__name__}, which computes more than {plain.__name__} does; "
-            f"leave it out with exclude_modules=['{name}'], or start from a model with plain layers"
-        )
-    parts = name.split(".")
-    for parent in (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))):
-        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):  # fused attention
-            raise PlanError(
-                f"torch.nn.{type(parent).__name__} reads the weights of {name} without calling the layer, so its "
-                f"experts would be ignored; leave it out with exclude_modules=['{name}']"
-            )
-
-
-def _nothing_to_upscale(model: nn.Module, count: int, config: SmileConfig) -> str:
-    if count:
-        return f"target_modules and exclude_modules leave none of the {count} linear layers of {type(model).__name__}"
-    has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    hint = "; convolutions=true upscales its convolutions" if has_convolutions and not config.convolutions else ""
-    return f"{type(model).__name__} has no linear layer to upscale{hint}"
+def _recurrent_tensors(model: nn.Module) -> frozenset[str]:
+    modules = model.named_modules(remove_duplicate=False)
+    recurrent = {name: module for name, module in modules if isinstance(module, (nn.RNNBase, nn.RNNCellBase))}
+    return frozenset(f"{name}.{parameter}" for name, module in recurrent.items() for parameter in module._parameters)
 
 
 def _plan_layer(name: str, layer: nn.Module, config: SmileConfig) -> LayerPlan:
@@ -257,8 +231,15 @@ def _plan_layer(name: str, layer: nn.Module, config: SmileConfig) -> LayerPlan:
     return LayerPlan(name, in_features, out_features, k, gate_k, has_bias, weight.element_size(), routed_type)
 
 
-def _check_ranks(layers: Sequence[LayerPlan], config: SmileConfig) -> None:
+def _check_ranks(layers: Sequence[LayerPlan], config: SmileConfig, num_experts: int) -> None:
     """Refuse a rank that is too large for every layer, and log one that is too large for some."""
+    blind = [layer for layer in layers if layer.gate_k == layer.in_features and num_experts > 1]
+    if blind:
+        log.warning(
+            "gate_k=%d spans all inputs of %d of %d layers, so that all experts score the same there (first: %s, with "
+            "%d inputs): lower gate_k, or leave them out with exclude_modules",
+            config.gate_k, len(blind), len(layers), blind[0].name, blind[0].in_features,
+        )  # fmt: skip
     ranks = {"gate_k": config.gate_k, "k": config.k}
     largest = max(min(layer.in_features, layer.out_features) for layer in layers)
     for option, rank in ranks.items():

@@ -88,6 +88,7 @@ def test_gates_that_coincide_are_named(caplog):
         for parameter, start, end in zip(double.parameters(), base.parameters(), expert.parameters(), strict=True):
             parameter.copy_(start + 2 * (end - start))  # the same task vector, twice as large
     model = upscale(base, {"one": expert, "other": other, "double": double}, k=2, gate_k=2)
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         table = coinciding_gates(model, ("one", "other", "double"))
     same = table[(table["first"] == "one") & (table["second"] == "double")]

@@ -43,7 +43,7 @@ BAD_OPTIONS = [
     ({"k": 21}, "k=21 is more than any layer allows; the largest possible is 20"),
     ({"gate_k": 99}, "gate_k=99 is more than any layer allows"),
     ({"target_modules": ["nope.*"]}, "'nope.*' matches no linear layer"),
-    ({"target_modules": ["0x"]}, "'0x' matches no linear layer of this model; a linear layer is called 0"),
+    ({"target_modules": ["0x"]}, "'0x' matches no linear layer of this model (did you mean '0'?)"),
     ({"exclude_modules": ["*"]}, "leave none of the 2 linear layers"),
 ]
 
@@ -82,7 +82,7 @@ def test_layers_that_are_read_past_their_forward_are_refused():
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2)
+            self.attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
             self.out = nn.Linear(8, 8)
 
     base = Attention()
