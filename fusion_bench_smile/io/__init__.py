@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from .atomic import check_writable_folder, replace_file_atomically, replace_folder_atomically, write_atomically
 from .checkpoint import is_checkpoint, load, save
-from .metadata import Provenance, SmileMetadata
+from .metadata import ExpertChange, Provenance, SmileMetadata
 from .safetensors_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_FILE, WEIGHTS_FILE, SafetensorsSource
-from .sources import ExpertSource, Source, StateDictSource, lazy_source, open_source, tied_names
+from .sources import ExpertSource, Source, StateDictSource, lazy_source, open_source, stored_names, tied_names
 from .transformers_hook import metadata_of
 
 if TYPE_CHECKING:
@@ -16,11 +16,10 @@ if TYPE_CHECKING:
     from .tables import markdown_table
 
 __all__ = [
-    "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "INDEX_FILE", "WEIGHTS_FILE",
-    "AdapterSource", "ExpertSource", "Provenance", "SafetensorsSource", "SmileMetadata", "Source", "StateDictSource",
-    "check_writable_folder", "export_adapters", "is_checkpoint", "lazy_source", "load", "markdown_table", "metadata_of",
-    "open_source", "replace_file_atomically", "replace_folder_atomically", "save", "tied_names",
-    "write_atomically",
+    "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "INDEX_FILE", "WEIGHTS_FILE", "AdapterSource", "ExpertChange", "ExpertSource",
+    "Provenance", "SafetensorsSource", "SmileMetadata", "Source", "StateDictSource", "check_writable_folder",
+    "export_adapters", "is_checkpoint", "lazy_source", "load", "markdown_table", "metadata_of", "open_source",
+    "replace_file_atomically", "replace_folder_atomically", "save", "stored_names", "tied_names", "write_atomically",
 ]  # fmt: skip
 LAZY = {"AdapterSource": "adapter_source", "export_adapters": "peft_export", "markdown_table": "tables"}
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,12 @@ class AdapterSource(Source):
                 counterpart = re.sub(r"\.lora_(embedding_)?A", r".lora_\1B", key)
                 if counterpart not in shapes:
                     raise PlanError(f"{folder}: {key} has no counterpart {counterpart}; the adapter is incomplete")
+                _check_module(folder, match[1], pretrained.shapes())
                 self._factors[f"{match[1]}.weight"] = (counterpart, key, _scaling(config, match[1], shapes[key][0]))
             elif ".original_module." in name:
                 continue  # the pretrained part of a module in modules_to_save: bias="all" stores it, nothing uses it
             elif not re.search(r"\.lora_(embedding_)?B(\.weight)?$", name):
-                self._replaced[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = key
+                self._replaced[_model_name(name, pretrained.shapes())] = key
         self._check_shapes(folder, shapes, pretrained.shapes())
 
     def _check_shapes(self, folder: Path, shapes: Shapes, pretrained_shapes: Shapes) -> None:
@@ -94,6 +96,24 @@ class AdapterSource(Source):
     def is_pretrained(self, name: str) -> bool:
         """Whether the adapter leaves a tensor alone."""
         return name not in self._replaced and name not in self._factors
+
+
+def _check_module(folder: Path, module: str, known: Container[str]) -> None:
+    """Refuse an adapter of a `torch.nn.MultiheadAttention`."""
+    attention = module.removesuffix(".base_layer.out_proj")
+    if attention != module or f"{module}.in_proj_weight" in known or f"{module}.in_proj.weight" in known:
+        # measured with PEFT 0.21.2, see its pull request 3774; a release that adds it once computes something else
+        raise PlanError(
+            f"{folder}: {attention} is a torch.nn.MultiheadAttention, where PEFT 0.21 adds the delta of out_proj twice:"
+            " merge the adapter with the release that trained it"
+        )
+
+
+def _model_name(name: str, known: Container[str]) -> str:
+    """The model's name for a tensor of an adapter that is stored whole, also in split attention."""
+    name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    split = name.replace(".in_proj_", ".in_proj.")
+    return name if name in known else split
 
 
 def load_lora_config(folder: Path) -> LoraConfig:

@@ -20,9 +20,18 @@ from .atomic import replace_folder_atomically
 from .metadata import SmileMetadata
 from .model_card import HUB_NAME, write_model_card
 from .safetensors_source import WEIGHTS_FILE, check_tensors
-from .transformers_hook import METHOD, attach_metadata, metadata_of, prepare_model
+from .sources import tied_names
+from .transformers_hook import (
+    CONFIG_FILE,
+    METHOD,
+    attach_metadata,
+    is_smile,
+    mark_checkpoint,
+    metadata_of,
+    prepare_model,
+)
 
-CONFIG_FILE, METADATA_FILE = "config.json", "smile.json"
+METADATA_FILE = "smile.json"
 COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 WEIGHTS_PATTERN = re.compile(r"\.(safetensors|bin)(\.index\.json)?$")
 
@@ -43,6 +52,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> None:
     with replace_folder_atomically(Path(path), carry=is_companion) as folder:
         if isinstance(model, PreTrainedModel):
             type(model).save_pretrained(model, folder, **kwargs)
+            mark_checkpoint(folder, metadata, tied_names(model))
         else:
             save_model(model, str(folder / WEIGHTS_FILE))
             (folder / METADATA_FILE).write_text(json.dumps({"quant_method": METHOD, **metadata.to_dict()}, indent=1))
@@ -69,7 +79,8 @@ def load(path: str | os.PathLike[str], pretrained: nn.Module | None = None) -> n
         raise CheckpointError(f"{folder} holds no transformers model: give the pretrained model it was built from")
     model = deepcopy(pretrained)
     prepare_model(model, metadata)
-    check_tensors(folder, {name: tuple(tensor.shape) for name, tensor in model.named_parameters()})
+    aliases = tied_names(model)
+    check_tensors(folder, {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}, aliases)
     load_model(model, folder / WEIGHTS_FILE)
     attach_metadata(model, metadata)
     return model
@@ -90,7 +101,7 @@ def read_metadata(folder: Path) -> tuple[SmileMetadata, dict[str, Any] | None]:
         raise CheckpointError(f"{file} is not readable JSON: {error}") from None
     config = values if file.name == CONFIG_FILE else None
     section = values if config is None else values.get("quantization_config", {})
-    if section.get("quant_method") != METHOD:
+    if not is_smile(section):
         raise CheckpointError(f"{file} has no SMILE section: this is a checkpoint of another model")
     return SmileMetadata.from_dict(section, str(folder)), config
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version as installed_version
 from typing import Any
 
@@ -14,12 +15,14 @@ from torch import nn
 from ..config import SmileConfig
 from ..exceptions import CheckpointError
 from ..nn.attachment import router_of
+from ..nn.attention import split_names
 from ..nn.expert_parameters import modules_with_expert_parameters
 from ..nn.layout import ExpertLayout
 from ..nn.prototypes import Prototypes
 from ..nn.routed import count_parameters, routed_layers
 
 FORMAT_VERSION = 3
+NUM_LARGEST = 5  # tensors that are named
 PACKAGES = ("fusion-bench-smile", "torch", "transformers")
 LOADING = "pip install fusion-bench-smile, and import fusion_bench_smile before from_pretrained"
 # format 3 repeats these options in the description of every layer
@@ -30,6 +33,19 @@ REPEATED_OPTIONS = {
 
 
 @dataclass(frozen=True)
+class ExpertChange:
+    """How far one expert is from the pretrained model, in energy ‖Δ‖², and how much of that the upscaled model lacks.
+
+    A tensor counts once for the upscaled layers and modules with expert-specific parameters that hold it, and once for
+    all others. Averaged tensors do not count.
+    """
+
+    energy: float  # of all floating-point tensors
+    unused: float = 0.0  # of those that the upscaled model holds as pretrained
+    largest: dict[str, float] = field(default_factory=dict)  # the largest of the unused, name → energy
+
+
+@dataclass(frozen=True)
 class Provenance:
     """What an upscaled model was made of: energies ‖ΔW‖², digests of the experts, parameters, package versions."""
 
@@ -37,6 +53,33 @@ class Provenance:
     sources: dict[str, str] = field(default_factory=dict)  # expert → digest of its weights in the upscaled layers
     parameters: tuple[int, int] = (0, 0)  # of the pretrained model and of the upscaled one
     versions: dict[str, str] = field(default_factory=lambda: {name: installed_version(name) for name in PACKAGES})
+    changes: dict[str, ExpertChange] = field(default_factory=dict)  # of each expert; older checkpoints lack them
+
+    @property
+    def unused_share(self) -> float | None:
+        """The share of the experts' total change, Σ‖Δ‖², that the model does not use; None if it is unknown."""
+        if not self.changes or self.changes.keys() != self.sources.keys():
+            return None
+        return sum(change.unused for change in self.changes.values()) / self._total_change
+
+    @property
+    def largest_unused(self) -> dict[str, float]:
+        """Names of the largest changed tensors that the model does not use → their share of the total change."""
+        totals: Counter[str] = Counter()
+        for change in self.changes.values():
+            totals.update(change.largest)
+        return {name: energy / self._total_change for name, energy in totals.most_common(NUM_LARGEST)}
+
+    @property
+    def _total_change(self) -> float:
+        return sum(change.energy for change in self.changes.values()) or 1.0
+
+    def describe_unused(self) -> str:
+        """The unused share of the experts' change and its largest tensors as text; empty if there is none."""
+        if not self.unused_share:
+            return ""
+        names = ", ".join(f"{name} ({_percent(share)})" for name, share in self.largest_unused.items())
+        return f"{_percent(self.unused_share)} of the experts' total change ‖Δ‖² (largest: {names})"
 
     @classmethod
     def of_layers(
@@ -63,6 +106,7 @@ class SmileMetadata:
     prototypes: tuple[int, int] | None = None  # the number of features and of directions of the router's prototypes
     expert_parameters: dict[str, list[str]] = field(default_factory=dict)  # module → parameters that experts differ in
     loading: str = LOADING  # what loading the checkpoint requires, for people
+    split_attention: tuple[str, ...] = ()  # the attention modules that are split, see `split_attention`
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values in checkpoint format 3."""
@@ -74,10 +118,11 @@ class SmileMetadata:
             "recipe": {
                 "energy": self.provenance.energy, "sources": self.provenance.sources,
                 "parameters": list(self.provenance.parameters), "calibrated": calibrated,
-                "versions": self.provenance.versions,
+                "versions": self.provenance.versions, **_changes_dict(self.provenance),
             },
             "router": {} if self.config.routing_scope == "token" else router,
             "own": self.expert_parameters, "format_version": FORMAT_VERSION, "needs": self.loading,
+            **({"split_attention": list(self.split_attention)} if self.split_attention else {}),
         }  # fmt: skip
 
     def _layer_dict(self, layout: ExpertLayout) -> dict[str, Any]:
@@ -103,9 +148,12 @@ class SmileMetadata:
         parameters, prototypes = tuple(recipe.get("parameters", (0, 0))), router.get("prototypes")
         return cls(
             config, tuple(values["experts"]), layouts,
-            Provenance(recipe.get("energy", {}), recipe.get("sources", {}), parameters, recipe.get("versions", {})),
+            Provenance(
+                recipe.get("energy", {}), recipe.get("sources", {}), parameters, recipe.get("versions", {}),
+                {name: ExpertChange(**change) for name, change in recipe.get("changes", {}).items()},
+            ),
             bool(router.get("baseline")), tuple(prototypes) if prototypes else None, values.get("own") or {},
-            values.get("needs", LOADING),
+            values.get("needs", LOADING), tuple(values.get("split_attention", ())),
         )  # fmt: skip
 
 
@@ -120,8 +168,18 @@ def describe_model(
         provenance=replace(provenance, parameters=(provenance.parameters[0], count_parameters(model))),
         has_baseline=router is not None and router.baseline is not None,
         prototypes=None if prototypes is None else (len(prototypes.scale), len(prototypes.variances)),
-        expert_parameters=modules_with_expert_parameters(model),
+        expert_parameters=modules_with_expert_parameters(model), split_attention=tuple(split_names(model)),
     )  # fmt: skip
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _changes_dict(provenance: Provenance) -> dict[str, Any]:
+    """The changes of the experts for `recipe`, under a key that is absent where they are unknown."""
+    changes = {name: asdict(change) for name, change in provenance.changes.items()}
+    return {"changes": changes} if changes else {}
 
 
 def _check_repeated_options(name: str, layer: Mapping[str, Any], config: SmileConfig, where: str) -> None:

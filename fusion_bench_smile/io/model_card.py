@@ -43,6 +43,8 @@ def model_card(metadata: SmileMetadata, base_model: str | None) -> ModelCard:
     ]  # fmt: skip
     if shares:
         lines.append(f"- energy ‖ΔW‖² kept: at least {min(shares):.4f}, median {statistics.median(shares):.4f}")
+    if unused := provenance.describe_unused():
+        lines.append(f"- not used, outside the upscaled layers: {unused}")
     lines.append(f"- versions: {', '.join(f'{name} {number}' for name, number in provenance.versions.items())}")
     sources = [(name, f"`{provenance.sources.get(name, 'unknown')}`") for name in metadata.experts]
     options = [(name, str(value)) for name, value in metadata.config.to_dict().items()]

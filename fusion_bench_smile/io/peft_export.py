@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..exceptions import PlanError
+from ..nn.attention import SplitMultiheadAttention
 from ..nn.layer_types import SmileConv1D, SmileLinear
 from ..nn.layout import DENSE
 from ..nn.routed import RoutedLayer, routed_layers
@@ -30,11 +31,14 @@ def export_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> dict[st
     `upscale` takes such folders as experts. A folder is complete or absent. An expert that changed nothing has none.
 
     Raises:
-        PlanError: A layer has a dense expert or is a convolution, which no LoRA adapter expresses; it is named.
+        PlanError: A layer has a dense expert, is a convolution, or belongs to a split `torch.nn.MultiheadAttention`,
+            which no LoRA adapter expresses; it is named.
         CheckpointError: The model was not made by `upscale`, or nothing can be written.
     """
     experts, layers = metadata_of(model).experts, routed_layers(model)
     for name, layer in layers.items():
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), SplitMultiheadAttention):
+            raise PlanError(f"{name} belongs to attention, in which PEFT would ignore it; upscale without this layer")
         if not isinstance(layer, (SmileLinear, SmileConv1D)):
             raise PlanError(f"{name} is a convolution, which is not exported as a LoRA adapter; upscale without them")
         if DENSE in layer.layout.ranks:

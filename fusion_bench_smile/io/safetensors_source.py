@@ -1,6 +1,7 @@
 """The safetensors files of a model."""
 
 import json
+import math
 import os
 import threading
 from collections.abc import Hashable, Mapping
@@ -104,12 +105,35 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def check_tensors(folder: Path, required: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise a CheckpointError if files of a folder lack a tensor or have it in another shape. Only headers are read."""
+def flatten_tensor(folder: Path, name: str) -> bool:
+    """Give a tensor in the safetensors files of a folder one dimension, in the header alone; whether it was found."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("r+b") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            if name in header:
+                header[name]["shape"] = [math.prod(header[name]["shape"])]
+                file.seek(8)  # the new header is shorter, and the data must stay where they are
+                file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size))
+                return True
+    return False
+
+
+def check_tensors(
+    folder: Path, required: Mapping[str, tuple[int, ...]], aliases: Mapping[str, tuple[str, ...]] | None = None
+) -> None:
+    """Raise a CheckpointError if files of a folder lack a tensor or have it in another shape. Only headers are read.
+
+    A tensor with `aliases` is stored once, under any of its names.
+    """
     try:
-        shapes = SafetensorsSource(folder).shapes()
+        stored, shapes = SafetensorsSource(folder).shapes(), SafetensorsSource(folder, aliases=aliases).shapes()
     except PlanError as error:
         raise CheckpointError(f"{error}; this is no complete SMILE checkpoint") from None
+    for name, others in (aliases or {}).items():
+        if name in stored and (twice := [other for other in others if other in stored]):
+            problem = f"{folder} holds {name} and {twice[0]}, which are one tensor in the given model"
+            raise CheckpointError(f"{problem}: give the pretrained model that it was built from")
     missing = [name for name in required if name not in shapes]
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} of {len(required)} tensors (first: {missing[0]})")

@@ -7,6 +7,8 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from ..nn.attention import names_before_splitting
+
 Shapes = Mapping[str, tuple[int, ...]]
 Loader = TypeVar("Loader", bound=Callable[..., nn.Module])
 
@@ -48,6 +50,45 @@ class StateDictSource(Source):
         return self._state[name]
 
 
+class RenamedSource(Source):
+    """The tensors of another source under other names: name → name in that source."""
+
+    def __init__(self, source: Source, names: Mapping[str, str]) -> None:
+        self._source, self._names = source, names
+
+    def shapes(self) -> Shapes:
+        """See `Source.shapes`."""
+        shapes = self._source.shapes()
+        return {name: shapes[stored] for name, stored in self._names.items()}
+
+    def read(self, name: str) -> Tensor:
+        """See `Source.read`."""
+        return self._source.read(self._names[name])
+
+    def identity(self, name: str) -> Hashable | None:
+        """See `Source.identity`."""
+        return self._source.identity(self._names[name])
+
+    def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """See `Source.low_rank`."""
+        return self._source.low_rank(self._names[name])
+
+    def is_pretrained(self, name: str) -> bool:
+        """See `Source.is_pretrained`."""
+        return self._source.is_pretrained(self._names[name])
+
+
+def with_names_of(pretrained: Shapes, source: Source, aliases: Mapping[str, tuple[str, ...]]) -> Source:
+    """A source with the names of the pretrained model, which are `aliases` of names that the source may have."""
+    shapes = source.shapes()
+    foreign = {alias for others in aliases.values() for alias in others if alias in shapes and alias not in pretrained}
+    if not foreign:
+        return source
+    stored = {name: next((alias for alias in others if alias in shapes), None) for name, others in aliases.items()}
+    renamed = {name: alias for name, alias in stored.items() if alias is not None}
+    return RenamedSource(source, renamed | {name: name for name in shapes if name not in foreign})
+
+
 # what `upscale` takes as an expert
 ExpertSource = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str] | Source | Callable[[], nn.Module]
 
@@ -55,9 +96,14 @@ ExpertSource = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str] | Sourc
 def open_source(expert: Any, pretrained: Source, aliases: Mapping[str, tuple[str, ...]] | None = None) -> Source | None:
     """The source of a module, state dict, folder or safetensors file; None for what has to be loaded first.
 
-    A source is returned as it is. A folder holds a model or a PEFT adapter. For `aliases` see `SafetensorsSource`.
-    Raises PlanError if a folder or file cannot be read.
+    A source is returned as it is. A folder holds a model or a PEFT adapter. For `aliases` see `stored_names`: tensors
+    get the names of the pretrained model. Raises PlanError if a folder or file cannot be read.
     """
+    source = _open(expert, pretrained, aliases)
+    return source and with_names_of(pretrained.shapes(), source, aliases or {})
+
+
+def _open(expert: Any, pretrained: Source, aliases: Mapping[str, tuple[str, ...]] | None) -> Source | None:
     from .safetensors_source import ADAPTER_CONFIG, SafetensorsSource  # it builds on this module
 
     if isinstance(expert, (nn.Module, Mapping)):
@@ -94,3 +140,14 @@ def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         groups.setdefault(id(tensor), []).append(name)
     return {name: tuple(n for n in names if n != name) for names in groups.values() if len(names) > 1 for name in names}
+
+
+def stored_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Each name of a tensor → the other names under which other models of the same class may hold it.
+
+    These are its `tied_names`, and those of attention that is split in this model; see `split_attention`.
+    """
+    tied, before = tied_names(model), names_before_splitting(model)
+    names = {name: (name, *tied.get(name, ())) for name in (*tied, *before)}
+    aliases = {name: (*same[1:], *(before[n] for n in same if n in before)) for name, same in names.items()}
+    return {name: others for name, others in aliases.items() if others}

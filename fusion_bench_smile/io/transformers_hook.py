@@ -1,15 +1,19 @@
 """Plain ``from_pretrained`` and ``save_pretrained`` for upscaled models: SMILE registers itself as a quantizer, which
 may replace modules before transformers loads weights. ``quantization_config`` in ``config.json`` holds the metadata.
+
+transformers ignores a quantizer that it does not know. It would load the pretrained model where this package was not
+imported, if the weight of a routed layer was not stored in another shape; see `mark_checkpoint`.
 """
 
 import functools
+import json
 import os
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,16 +22,22 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..exceptions import CheckpointError
+from ..exceptions import CheckpointError, PlanError
 from ..nn.attachment import attach_router
-from ..nn.expert_parameters import attach_expert_parameters
+from ..nn.attention import replace_modules, split_in_place
+from ..nn.compatibility import read_layers
+from ..nn.expert_parameters import attach_expert_parameters, modules_with_expert_parameters
 from ..nn.input_router import InputRouter
-from ..nn.layer_types import routed_type_of
+from ..nn.layer_types import SmileLinear, routed_type_of
 from ..nn.prototypes import Prototypes
 from .metadata import SmileMetadata
-from .safetensors_source import check_tensors
+from .safetensors_source import check_tensors, flatten_tensor
 
+CONFIG_FILE = "config.json"
 METHOD = "smile"
+# On disk; transformers prints it where this package was not imported. It is compared as a whole: never change it
+STORED_METHOD = "smile: pip install fusion-bench-smile, and import fusion_bench_smile before from_pretrained"
+FLAT_WEIGHTS = "flat_weights"
 Method = Enum("Method", {"SMILE": METHOD}, type=str)  # older transformers read ``quant_method.value``
 
 
@@ -37,6 +47,7 @@ class SmileQuantizationConfig(QuantizationConfigMixin):
     def __init__(self, metadata: SmileMetadata | None = None, **values: Any) -> None:
         self.quant_method = Method.SMILE  # type: ignore[assignment]
         self.metadata = SmileMetadata.from_dict(values) if metadata is None else metadata
+        self.flat_weights: list[str] = values.get(FLAT_WEIGHTS, [])  # of the checkpoint that is loaded
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with the key ``quant_method`` that transformers looks for."""
@@ -46,8 +57,16 @@ class SmileQuantizationConfig(QuantizationConfigMixin):
 class SmileQuantizer(HfQuantizer):
     """Builds the routed layers when transformers loads a model with a SMILE section."""
 
+    quantization_config: SmileQuantizationConfig
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         prepare_model(model, metadata_of(model))
+        self.shapes: dict[str, torch.Size] = {}  # of the weights that are stored in one dimension
+        for name in self.quantization_config.flat_weights:
+            layer = _layer(model, name)
+            weight = cast(torch.Tensor, layer.weight)
+            self.shapes[name] = weight.shape
+            layer.weight = nn.Parameter(weight.detach().flatten(), weight.requires_grad)
         folder = Path(getattr(model.config, "_name_or_path", "") or "")
         if folder.is_dir():
             check_tensors(folder, stored_shapes(model))
@@ -60,11 +79,14 @@ class SmileQuantizer(HfQuantizer):
         return missing_keys
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, shape in self.shapes.items():
+            _restore_shape(model.get_submodule(name), shape)
+        self.quantization_config.flat_weights = []
         # SMILE is no quantization: with these marks .half(), .to() and training would be refused
         model.is_quantized = False  # type: ignore[assignment]
         model.__dict__.pop("hf_quantizer", None)
         model.__dict__.pop("quantization_method", None)
-        bind_save_pretrained(model)
+        bind_methods(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -78,15 +100,21 @@ class SmileQuantizer(HfQuantizer):
 
 
 # what register_quantization_config and register_quantizer do, which transformers has from 4.50 on
-AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = SmileQuantizationConfig
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = AUTO_QUANTIZATION_CONFIG_MAPPING[STORED_METHOD] = SmileQuantizationConfig
 AUTO_QUANTIZER_MAPPING[METHOD] = SmileQuantizer
 
 
 def prepare_model(model: nn.Module, metadata: SmileMetadata) -> None:
     """Add routed layers, router and expert parameters, all zero, to a model; CheckpointError if it lacks a layer."""
+    split_in_place(model, [name for name in metadata.split_attention if _layer(model, name)])
+    layers = {name: _layer(model, name) for name in metadata.layouts}
+    if read := read_layers(model, layers):
+        raise CheckpointError(f"{type(model).__name__} reads the weight of {read[0]} here without calling the layer")
+    routed: dict[nn.Module, nn.Module] = {}
     for name, layout in metadata.layouts.items():
-        plain = _layer(model, name)
-        model.set_submodule(name, routed_type_of(plain).from_layer(plain, layout, metadata.config))
+        plain = layers[name]
+        routed[plain] = routed_type_of(plain).from_layer(plain, layout, metadata.config)
+    replace_modules(model, routed)
     if metadata.config.routing_scope == "token":
         return
     num_experts, router = len(metadata.experts), InputRouter(metadata.config, metadata.experts)
@@ -111,11 +139,50 @@ def _layer(model: nn.Module, name: str) -> nn.Module:
         raise CheckpointError(f"{kind} has no layer {name}; load this checkpoint with {expected}") from None
 
 
+def mark_checkpoint(folder: Path, metadata: SmileMetadata, tied: Container[str]) -> None:
+    """Make loaders that do not know SMILE refuse a complete checkpoint of a transformers model.
+
+    The weight of the first routed layer is stored in one dimension: other loaders raise an error for its shape. Only
+    the header of a file is written. Weights in `tied` are stored for other layers too, and keep their shape.
+    """
+    first = next((name for name in metadata.layouts if f"{name}.weight" not in tied), None)
+    flat = [] if first is None or not flatten_tensor(folder, f"{first}.weight") else [first]
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    config["quantization_config"] |= {"quant_method": STORED_METHOD, FLAT_WEIGHTS: flat}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _restore_shape(layer: nn.Module, shape: torch.Size) -> None:
+    """Give a loaded weight its own shape, also where accelerate has moved it off the device."""
+    weight = cast(torch.Tensor, layer.weight)
+    layer.weight = nn.Parameter(weight.detach().view(shape), weight.requires_grad)
+    hook = getattr(layer, "_hf_hook", None)
+    for part in getattr(hook, "hooks", [hook]):
+        if getattr(part, "weights_map", None) is not None:
+            part.weights_map = _OffloadedWeights(part.weights_map, shape)
+
+
+class _OffloadedWeights(Mapping[str, torch.Tensor]):
+    """The tensors of one layer that accelerate keeps elsewhere, with the weight in its own shape."""
+
+    def __init__(self, stored: Mapping[str, torch.Tensor], shape: torch.Size) -> None:
+        self._stored, self._shape = stored, shape
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._stored[name].view(self._shape) if name == "weight" else self._stored[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
 def attach_metadata(model: nn.Module, metadata: SmileMetadata) -> None:
     """Attach metadata to an upscaled model, so that saving it needs nothing else."""
     if isinstance(model, PreTrainedModel):
         model.config.quantization_config = SmileQuantizationConfig(metadata)
-        bind_save_pretrained(model)
+        bind_methods(model)
     else:
         model.smile_metadata = metadata  # type: ignore[assignment]
 
@@ -126,12 +193,17 @@ def metadata_of(model: nn.Module) -> SmileMetadata:
         metadata = getattr(model, "smile_metadata", None)
     else:
         section = getattr(model.config, "quantization_config", None)
-        if isinstance(section, dict) and section.get("quant_method") == METHOD:
+        if isinstance(section, dict) and is_smile(section):
             section = SmileQuantizationConfig(**{k: v for k, v in section.items() if k != "quant_method"})
         metadata = section.metadata if isinstance(section, SmileQuantizationConfig) else None
     if not isinstance(metadata, SmileMetadata):
         raise CheckpointError(f"this {type(model).__name__} was not made by upscale(); there is no SMILE model to save")
     return metadata
+
+
+def is_smile(section: Mapping[str, Any]) -> bool:
+    """Whether a ``quantization_config`` is that of an upscaled model."""
+    return section.get("quant_method") in (METHOD, STORED_METHOD)
 
 
 def stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
@@ -145,11 +217,11 @@ def is_tied(model: PreTrainedModel, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def bind_save_pretrained(model: PreTrainedModel) -> None:
-    """Make ``model.save_pretrained``, which the framework calls, write atomically, as `checkpoint.save` does.
+def bind_methods(model: PreTrainedModel) -> None:
+    """Make ``save_pretrained`` write as `checkpoint.save` does, and ``resize_token_embeddings`` keep a routed head.
 
-    The method is bound to the instance, so that the class stays the one that transformers knows. Copies are bound to
-    themselves. A pickled model comes back with the method of its class.
+    The methods are bound to the instance, so that the class stays the one that transformers knows. Copies are bound to
+    themselves. A pickled model comes back with the methods of its class.
     """
 
     @functools.wraps(type(model).save_pretrained)
@@ -158,5 +230,31 @@ def bind_save_pretrained(model: PreTrainedModel) -> None:
 
         save(self, save_directory, **kwargs)
 
-    save_pretrained.__name__ = save_pretrained.__qualname__ = "save_pretrained"
-    model.save_pretrained = types.MethodType(save_pretrained, model)  # type: ignore[method-assign]
+    @functools.wraps(type(model).resize_token_embeddings)
+    def resize_token_embeddings(self: PreTrainedModel, *args: Any, **kwargs: Any) -> nn.Module:
+        return _resize_token_embeddings(self, *args, **kwargs)
+
+    for method in (save_pretrained, resize_token_embeddings):
+        method.__qualname__ = method.__name__  # pickle looks for it in the class
+        setattr(model, method.__name__, types.MethodType(method, model))
+
+
+def _resize_token_embeddings(
+    model: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+) -> nn.Module:
+    """``resize_token_embeddings``, after which a routed head still is one. Its experts do not change new tokens.
+
+    Raises PlanError if the embeddings are the experts' own, which have no rows for new tokens.
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    own = [name for name in modules_with_expert_parameters(model) if model.get_submodule(name) is embeddings]
+    sizes = (None, len(cast(torch.Tensor, embeddings.weight)))
+    if own and (args or kwargs.get("pad_to_multiple_of") or new_num_tokens not in sizes):
+        raise PlanError(f"{own[0]} differs between the experts: resize the pretrained model and the experts instead")
+    num_tokens = len(head.weight) if isinstance(head, SmileLinear) else None
+    resized = type(model).resize_token_embeddings(model, new_num_tokens, *args, **kwargs)
+    plain = model.get_output_embeddings()  # the routed head itself where it is tied, with another weight
+    if isinstance(head, SmileLinear) and len(plain.weight) != num_tokens:
+        head.resize_outputs(plain)
+        model.set_output_embeddings(head)
+    return resized
