@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SmileConfig
-from ..construction import make_plan, open_experts, truncated_svd
-from ..io import ExpertSource, StateDictSource, open_source, tied_names
-from ..nn import routed_type_of
+from ..construction import make_plan, open_experts, split_targeted_attention, truncated_svd
+from ..io import ExpertSource, StateDictSource, open_source, stored_names
+from ..nn import routed_type_of, split_attention
 
 Zone = Literal["I", "II", "II+III"]
 ZONES: tuple[Zone, ...] = ("I", "II", "II+III")
@@ -39,8 +39,10 @@ def layer_deltas(pretrained: nn.Module, experts: Mapping[str, ExpertSource]) -> 
     Experts in folders are read tensor by tensor; an expert given by a function is loaded once and kept in memory.
     Raises PlanError if the models cannot be upscaled together; see `upscale`.
     """
-    plan = make_plan(pretrained, len(experts), SmileConfig(k=1, gate_k=1))
-    base, aliases = StateDictSource(pretrained.state_dict()), tied_names(pretrained)
+    config = SmileConfig(k=1, gate_k=1)
+    pretrained = split_targeted_attention(pretrained, config)
+    plan = make_plan(pretrained, len(experts), config)
+    base, aliases = StateDictSource(pretrained.state_dict()), stored_names(pretrained)
     sources = {
         name: source or open_source(cast(Callable[[], Any], experts[name])(), base, aliases)
         for name, source in open_experts(plan, experts, base, aliases).items()
@@ -132,8 +134,9 @@ def project_onto_zone(pretrained: nn.Module, expert: nn.Module, zone: Zone) -> n
     Raises PlanError if the models cannot be upscaled together.
     """
     copy = deepcopy(expert)
+    layers = split_attention(copy)  # with the parameters of the copy
     for layer in layer_deltas(pretrained, {"expert": expert}):
-        module = copy.get_submodule(layer.name)
+        module = layers.get_submodule(layer.name)
         matrix = routed_type_of(module).weight_matrix(cast(Tensor, module.weight))  # a view
         matrix.copy_(layer.weight + Zones(layer.weight).project(layer.experts["expert"], zone))
     return copy

@@ -10,6 +10,7 @@ from ..config import SmileConfig
 from ..io import Provenance
 from ..nn import ExpertLayout, InputRouter, RoutedLayer, routed_layers, routed_type_of, store_tensors
 from ..nn.attachment import attach_router, detach_router
+from ..nn.attention import replace_modules
 from ..nn.expert_parameters import attach_expert_parameters
 from .calibration import measure_baseline
 from .factorize import FactorizedExperts
@@ -42,20 +43,13 @@ def replace_layers(
     return Provenance.of_layers(experts, energy, digests, (plan.parameters, 0))
 
 
-def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Replace modules of a model, each under all of its names."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in replacements:
-            model.set_submodule(name, replacements[module])
-
-
 def build_layer(
     plain: nn.Module, layout: ExpertLayout, config: SmileConfig, tensors: Mapping[str, Tensor]
 ) -> RoutedLayer:
     """A routed layer with the parameters of a plain one and the experts' tensors."""
     layer = routed_type_of(plain).from_layer(plain, layout, config, device="meta")
     for name, value in tensors.items():
-        trained = layer.weight.requires_grad and value.is_floating_point()
+        trained = layer.weight.requires_grad and cast(Tensor, getattr(layer, name)).requires_grad
         setattr(layer, name, nn.Parameter(value, requires_grad=trained))
     return layer
 
@@ -77,7 +71,7 @@ def set_routing(
     """
     detach_router(model)
     for layer in routed_layers(model).values():
-        layer.smile_config = config
+        layer.set_config(config)
     if config.routing_scope == "token":
         return
     router = InputRouter(config, experts)

@@ -13,8 +13,10 @@ from ..io import ExpertSource, SmileMetadata, metadata_of
 from ..io.metadata import describe_model
 from ..io.transformers_hook import attach_metadata
 from ..nn import DENSE, detach_router, routed_layers
+from ..nn.attention import replace_modules
 from ..nn.expert_parameters import detach_expert_parameters
-from .assemble import replace_layers, replace_modules, set_routing
+from .assemble import replace_layers, set_routing
+from .changes import check_recurrent, expert_changes, warn_of_unused_changes
 from .factorize import FactorizedExperts, Factorizer, factorize_experts
 from .layer_factors import ExpertFactors, LayerFactors
 from .parallel import WorkPartition
@@ -44,7 +46,10 @@ def add_expert(model: nn.Module, expert: ExpertSource, name: str) -> nn.Module:
     factorized = FactorizedExperts(layers)
     factorizer = Factorizer(config, with_router=True, workers=plan.num_workers(config.compute_device))
     factorize_experts(plan, pretrained, {name: expert}, factorizer, WorkPartition(), factorized)
-    return _assemble(pretrained, plan, factorized, metadata, experts)
+    check_recurrent(plan, factorized.changes)
+    extended = _assemble(pretrained, plan, factorized, metadata, experts)
+    warn_of_unused_changes(metadata_of(extended).provenance)
+    return extended
 
 
 @torch.no_grad()
@@ -86,7 +91,9 @@ def _assemble(
     """The upscaled model, built in `pretrained`; the digests of experts that were there before are kept."""
     provenance = replace_layers(pretrained, plan, factorized, WorkPartition(), metadata.config, experts)
     known = {name: digest for name, digest in metadata.provenance.sources.items() if name in experts}
-    provenance = replace(provenance, sources=provenance.sources | known)
+    changes = {name: change for name, change in metadata.provenance.changes.items() if name in experts}
+    changes |= expert_changes(factorized.changes)
+    provenance = replace(provenance, sources=provenance.sources | known, changes=changes)
     set_routing(pretrained, metadata.config, experts)
     attach_metadata(pretrained, describe_model(pretrained, metadata.config, experts, provenance))
     return pretrained

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from ..config import SmileConfig
 from ..exceptions import PlanError
-from ..io import ExpertSource, Source, StateDictSource, open_source, tied_names
+from ..io import ExpertSource, Source, StateDictSource, open_source, stored_names
 from ..nn import DENSE
 from ..nn.expert_parameters import expert_parameter_names
+from .changes import TensorChanges, check_averages, read_changes, read_finite
 from .factor_cache import MIN_RANK, FactorCache, known_digest, tensor_digest
 from .layer_factors import ExpertFactors, LayerFactors
 from .parallel import WorkPartition, completed, map_in_parallel
 from .plan import LayerPlan, Plan, check_expert, check_finite
 from .svd import Factors, low_rank_svd, truncated_svd
 
-Aliases = Mapping[str, tuple[str, ...]]  # see `tied_names`
+Aliases = Mapping[str, tuple[str, ...]]  # see `stored_names`
 ProgressCallback = Callable[[int, int], None]
 WorkItem = tuple[LayerPlan, Source, str]  # a layer, an expert, and its name for messages
 
@@ -139,11 +140,13 @@ class _Delta:
         gate = router or (delta and delta.truncated(gate_k))
         gate_rank = gate.rank if gate else 0
         shared = 0 if router else min(gate_rank, rank)
+        bias = self._bias_delta()
         return ExpertFactors(
             rank=rank if dense is None else DENSE, gate_rank=gate_rank,
             gate=self._stored(gate and gate.down), down=self._stored(delta and delta.down[shared:rank]),
-            up=self._stored(delta and delta.up[:, :rank].mT), dense=self._stored(dense), bias=self._bias_delta(),
+            up=self._stored(delta and delta.up[:, :rank].mT), dense=self._stored(dense), bias=bias,
             energy=delta.energy(k) if delta and rank else 1.0, source_digest=self.source_digest,
+            squared_norm=sum(_squared_norm(x) for x in (delta.norm if delta else dense, bias) if x is not None),
         )  # fmt: skip
 
     def _stored(self, tensor: Tensor | None) -> Tensor | None:
@@ -167,7 +170,7 @@ class FactorizedExperts:
     layers: dict[str, LayerFactors] = field(default_factory=dict)  # layer → what the experts add to it, in their order
     differences: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # parameter → expert's index → difference
     sums: dict[str, Tensor] = field(default_factory=dict)  # name of a tensor to average → the sum over the experts
-    unused_changes: set[str] = field(default_factory=set)  # changed tensors outside the layers that the model ignores
+    changes: dict[str, TensorChanges] = field(default_factory=dict)  # expert → what it changed; averages do not count
 
     def gather_layer(self, name: str, num_experts: int, partition: WorkPartition) -> LayerFactors:
         """Take the factors of one layer out of this object, with those of the other processes."""
@@ -176,19 +179,20 @@ class FactorizedExperts:
             factors.extend(other)
         return cast(LayerFactors, factors)
 
-    def read_other_tensors(self, plan: Plan, pretrained: Source, expert: Source, label: str, averaged: bool) -> None:
-        """Check an expert's tensors outside the upscaled layers, and sum them or note which of them it changed.
+    def gather_changes(self, experts: Iterable[str], partition: WorkPartition) -> dict[str, TensorChanges]:
+        """What each expert changed, with what the other processes read."""
+        gathered = {name: TensorChanges() for name in experts}
+        for changes in partition.all_gather(self.changes):
+            for name, change in changes.items():
+                gathered[name].update(change)
+        return gathered
 
-        Raises PlanError if a tensor is not finite.
-        """
+    def add_to_sums(self, plan: Plan, expert: Source, label: str) -> None:
+        """Add an expert's tensors outside the upscaled layers to the sums; PlanError if a tensor is not finite."""
         for name in plan.other_tensors:
-            if expert.is_pretrained(name) and not averaged:
-                continue
             tensor = read_finite(expert, name, label)
-            if averaged and tensor.is_floating_point():
+            if tensor.is_floating_point():
                 self.sums[name] = add_to_sum(self.sums.get(name), tensor)
-            elif not averaged and not torch.equal(tensor, pretrained.read(name).to(tensor.device, tensor.dtype)):
-                self.unused_changes.add(name)
 
     def read_differences(self, pretrained: Source, expert: Source, index: int, parameters: Iterable[str]) -> None:
         """Read how an expert changed parameters that can differ between experts."""
@@ -209,26 +213,34 @@ def factorize_experts(
     of other experts. `on_progress` is called with the number of pairs done and in all. Raises PlanError if an expert
     does not fit, or a tensor is not finite.
     """
-    source, aliases = StateDictSource(pretrained.state_dict()), tied_names(pretrained)
+    source, aliases = StateDictSource(pretrained.state_dict()), stored_names(pretrained)
     opened = open_experts(plan, experts, source, aliases)
     assigned = partition.assign([layer.work for _ in experts for layer in plan.layers])
     turns, done = iter(assigned), 0
+    config = factorizer.config
     # one process sums in a fixed order, and reads the other parameters
-    averaged = factorizer.config.average_experts and partition.rank == 0
-    names = [] if partition.rank else expert_parameter_names(pretrained, factorizer.config.expert_parameters)
+    averaged = config.average_experts and partition.rank == 0
+    names = [] if partition.rank else expert_parameter_names(pretrained, config.expert_parameters)
+    used = set(expert_parameter_names(pretrained, config.expert_parameters, remove_duplicate=False))
     for index, (name, expert) in enumerate(experts.items()):
         layers = [layer for layer, is_assigned in zip(plan.layers, turns, strict=False) if is_assigned]
         if not (layers or averaged or names):
             continue
         expert_source = opened.pop(name) or _load_expert(plan, name, expert, source, aliases)
-        items = [(layer, expert_source, f"expert {name!r}") for layer in layers]
+        label, changes = f"expert {name!r}", factorized.changes.setdefault(name, TensorChanges())
+        if averaged:
+            check_averages(plan, source, expert_source, label, aliases)
+            factorized.add_to_sums(plan, expert_source, label)
+        elif not config.average_experts and layers[:1] == [plan.layers[0]]:  # in one of the processes
+            changes.update(read_changes(plan, source, expert_source, label, aliases, used))
+        items = [(layer, expert_source, label) for layer in layers]
         for layer, factors in zip(layers, factorizer.factorize(source, items), strict=True):
+            changes.used[f"{layer.name}.weight"] = factors.squared_norm
             factorized.layers.setdefault(layer.name, LayerFactors(plan.num_experts)).append(factors)
             done += 1
             if on_progress:
                 on_progress(done, sum(assigned))
-        factorized.read_other_tensors(plan, source, expert_source, f"expert {name!r}", averaged)
-        factorized.read_differences(source, expert_source, index, [n for n in names if n in plan.other_tensors])
+        factorized.read_differences(source, expert_source, index, names)
         del expert_source, items  # with what they have mapped, before the next expert is opened
 
 
@@ -258,11 +270,8 @@ def _load_expert(plan: Plan, name: str, expert: ExpertSource, pretrained: Source
     return source
 
 
-def read_finite(source: Source, name: str, label: str) -> Tensor:
-    """Read a tensor, and refuse NaN and infinity; see `check_finite`."""
-    tensor = source.read(name)
-    check_finite(tensor, name, label)
-    return tensor
+def _squared_norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.double)) ** 2
 
 
 def add_to_sum(total: Tensor | None, tensor: Tensor) -> Tensor:

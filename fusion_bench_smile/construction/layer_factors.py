@@ -25,6 +25,7 @@ class ExpertFactors:
     dense: Tensor | None = None  # the delta, (out, in), or None
     bias: Tensor | None = None  # the bias delta, (out,), or None
     energy: float = 1.0  # the share of ‖ΔW‖² that the rank keeps
+    squared_norm: float = 0.0  # ‖ΔW‖² + ‖Δb‖², of which no rank took anything
     source_digest: str = ""  # the digest of the fine-tuned weight, or of a LoRA adapter's factors
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,16 +17,28 @@ from transformers import AutoConfig
 
 from ..config import SmileConfig
 from ..exceptions import ConfigError, PlanError
-from ..io import ExpertSource, Provenance, SmileMetadata, Source, StateDictSource, tied_names
+from ..io import ExpertSource, Provenance, SmileMetadata, Source, StateDictSource, stored_names, tied_names
 from ..io.atomic import replace_folder_atomically
 from ..io.checkpoint import architecture, copy_companions, is_companion
 from ..io.model_card import write_model_card
 from ..io.safetensors_source import INDEX_FILE, SafetensorsSource
-from ..io.transformers_hook import SmileQuantizationConfig, is_tied
+from ..io.sources import with_names_of
+from ..io.transformers_hook import SmileQuantizationConfig, is_tied, mark_checkpoint
 from ..nn import ExpertLayout, store_tensors
+from ..nn.attention import split_names
+from .changes import (
+    TensorChanges,
+    check_averages,
+    check_recurrent,
+    expert_changes,
+    read_changes,
+    read_finite,
+    warn_of_unused_changes,
+)
 from .factor_cache import FactorCache
-from .factorize import Factorizer, add_to_sum, open_experts, read_finite
+from .factorize import Factorizer, add_to_sum, open_experts
 from .layer_factors import LayerFactors
+from .layer_selection import split_targeted_attention
 from .plan import LayerPlan, check_expert, make_plan
 
 log = logging.getLogger(__name__)
@@ -69,7 +82,9 @@ def upscale_to_folder(
         model_config = AutoConfig.from_pretrained(pretrained)  # not the meta model's, which records how it was made
         model_config.quantization_config = SmileQuantizationConfig(metadata)
         model_config.save_pretrained(scratch)
+        mark_checkpoint(scratch, metadata, tied_names(stream.model))
         write_model_card(metadata, folder, scratch, getattr(model_config, "_name_or_path", ""))
+    warn_of_unused_changes(metadata.provenance)
     log.info("wrote %d upscaled layers to %s, %d files", len(metadata.layouts), folder, writer.num_files)
 
 
@@ -84,9 +99,11 @@ class _Stream:
         with torch.device("meta"):
             self.model = architecture(folder, model_config.architectures)._from_config(model_config)
         self.model.tie_weights()
-        self.plan, self.aliases = make_plan(self.model, len(experts), config), tied_names(self.model)
+        self.model = split_targeted_attention(self.model, config)
+        self.plan, self.aliases = make_plan(self.model, len(experts), config), stored_names(self.model)
         shapes = {name: tuple(shape) for name, shape in self.plan.tensors.items()}
-        self.pretrained = SafetensorsSource(folder, like=shapes, aliases=self.aliases)
+        files = SafetensorsSource(folder, like=shapes, aliases=self.aliases)
+        self.pretrained = with_names_of(shapes, files, self.aliases)
         check_expert(self.plan, "_pretrained_", self.pretrained.shapes())
         sources = open_experts(self.plan, experts, self.pretrained, self.aliases)
         if loaded := [name for name, source in sources.items() if source is None]:
@@ -97,6 +114,7 @@ class _Stream:
         self.layouts: dict[str, ExpertLayout] = {}
         self.energy: dict[str, list[float]] = {}
         self.digests: list[list[str]] = []
+        self.changes: dict[str, TensorChanges] = {}
         self.added_parameters = 0
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -106,6 +124,8 @@ class _Stream:
             """The name of a tied tensor that transformers expects in a checkpoint."""
             return next((n for n in (name, *self.aliases.get(name, ())) if not is_tied(self.model, n)), name)
 
+        for name, expert in self.experts.items():
+            self._read_outside_layers(name, expert)
         for name in dict.fromkeys(stored_name(name) for name in self.plan.other_tensors):
             yield name, self._other_tensor(name)
         for layer in self.plan.layers:
@@ -115,10 +135,20 @@ class _Stream:
                 yield stored_name(name) if name.endswith(".weight") else name, tensor
             yield from self._expert_tensors(layer, StateDictSource(state))
 
+    def _read_outside_layers(self, name: str, expert: Source) -> None:
+        label, changes = f"expert {name!r}", TensorChanges()
+        if self.factorizer.config.average_experts:
+            check_averages(self.plan, self.pretrained, expert, label, self.aliases)
+        else:
+            changes = read_changes(self.plan, self.pretrained, expert, label, self.aliases)
+        self.changes[name] = changes
+
     def _expert_tensors(self, layer: LayerPlan, pretrained: Source) -> Iterator[tuple[str, Tensor]]:
         items = [(layer, source, f"expert {name!r}") for name, source in self.experts.items()]
         factors = LayerFactors(len(items), self.factorizer.factorize(pretrained, items))
         self.digests.append([expert.source_digest for expert in factors.experts])
+        for name, expert in zip(self.experts, factors.experts, strict=True):
+            self.changes[name].used[f"{layer.name}.weight"] = expert.squared_norm
         if factors.is_unchanged:
             return
         config = self.factorizer.config
@@ -131,18 +161,21 @@ class _Stream:
 
     def _other_tensor(self, name: str) -> Tensor:
         tensor = read_finite(self.pretrained, name, "the pretrained model")
-        averaged, total = self.factorizer.config.average_experts, None
-        for expert, source in self.experts.items():
-            if averaged or not source.is_pretrained(name):
-                value = read_finite(source, name, f"expert {expert!r}")
-                total = add_to_sum(total, value) if averaged and value.is_floating_point() else total
+        total: Tensor | None = None
+        for expert, source in self.experts.items() if self.factorizer.config.average_experts else ():
+            value = read_finite(source, name, f"expert {expert!r}")
+            total = add_to_sum(total, value) if value.is_floating_point() else total
         return tensor if total is None else (total / len(self.experts)).to(tensor.dtype)
 
     def metadata(self) -> SmileMetadata:
         """The metadata of the checkpoint, once all tensors were taken."""
         parameters = (self.plan.parameters, self.plan.parameters + self.added_parameters)
         provenance = Provenance.of_layers(tuple(self.experts), self.energy, self.digests, parameters)
-        return SmileMetadata(self.factorizer.config, tuple(self.experts), self.layouts, provenance)
+        check_recurrent(self.plan, self.changes)
+        provenance = replace(provenance, changes=expert_changes(self.changes))
+        split = tuple(split_names(self.model))
+        config, experts = self.factorizer.config, tuple(self.experts)
+        return SmileMetadata(config, experts, self.layouts, provenance, split_attention=split)
 
 
 class ShardWriter:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, cast
 
 import psutil
@@ -11,13 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SmileConfig
-from ..io import ExpertSource, Provenance, StateDictSource, tied_names
+from ..exceptions import PlanError
+from ..io import ExpertSource, Provenance, StateDictSource, stored_names
 from ..io.metadata import describe_model
 from ..io.transformers_hook import attach_metadata
 from ..nn import Prototypes
+from ..nn.attention import split_in_place, split_names
 from .assemble import Differences, replace_layers, set_averages, set_routing, stack_differences
+from .changes import check_recurrent, expert_changes, warn_of_unused_changes
 from .factor_cache import FactorCache
 from .factorize import FactorizedExperts, Factorizer, ProgressCallback, factorize_experts, open_experts
+from .layer_selection import split_targeted_attention
 from .parallel import WorkPartition
 from .plan import Plan, allocate_ranks, make_plan
 from .rank_allocation import LayerSpectra, summarize_ranks
@@ -58,6 +63,9 @@ def upscale(
         PlanError: The models cannot be upscaled together; see `make_plan` and `check_expert`.
     """
     config, named = SmileConfig.resolve(config, options), _named(experts)
+    if meta := [name for name, parameter in pretrained.named_parameters() if parameter.is_meta]:
+        raise PlanError(f"the pretrained model has no weights, {meta[0]} is on the meta device: load it first")
+    given, pretrained = pretrained, split_targeted_attention(pretrained, config)
     plan = make_plan(pretrained, len(named), config)
     began, partition = time.perf_counter(), WorkPartition(single_process=not share_work)
     workers = plan.num_workers(config.compute_device)
@@ -68,17 +76,20 @@ def upscale(
     except Exception as problem:
         error = problem
     partition.raise_together(error)
-    model = pretrained if in_place else deepcopy(pretrained)
+    changes = factorized.gather_changes(named, partition)
+    check_recurrent(plan, changes)
+    model = split_in_place(given, split_names(pretrained)) if in_place else deepcopy(pretrained)
     differences = stack_differences(pretrained, partition.all_gather(factorized.differences)[0], len(named))
     if config.param_ratio is not None:
         reserved = _parameters_outside_layers(plan, config, differences, calibration)
         fit_ranks(plan, pretrained, factorized, partition, config, reserved)
         partition = WorkPartition()  # every process has the factors of all
     provenance = replace_layers(model, plan, factorized, partition, config, tuple(named))
+    provenance = replace(provenance, changes=expert_changes(changes))
     set_averages(model, partition.all_gather(factorized.sums)[0], len(named))
     set_routing(model, config, tuple(named), differences)
     attach_metadata(model, describe_model(model, config, tuple(named), provenance))
-    _log_summary(plan, factorized, factorizer, provenance, time.perf_counter() - began)
+    _log_summary(plan, factorizer, provenance, time.perf_counter() - began)
     return model
 
 
@@ -89,8 +100,9 @@ def plan_upscaling(pretrained: nn.Module, experts: Experts, config: SmileConfig 
         ConfigError, PlanError: See `upscale`.
     """
     config, named = SmileConfig.resolve(config, options), _named(experts)
+    pretrained = split_targeted_attention(pretrained, config)
     plan = make_plan(pretrained, len(named), config)
-    open_experts(plan, named, StateDictSource(pretrained.state_dict()), tied_names(pretrained))
+    open_experts(plan, named, StateDictSource(pretrained.state_dict()), stored_names(pretrained))
     return plan
 
 
@@ -131,9 +143,7 @@ def _parameters_outside_layers(plan: Plan, config: SmileConfig, differences: Dif
     return different + baseline + prototypes
 
 
-def _log_summary(
-    plan: Plan, factorized: FactorizedExperts, factorizer: Factorizer, provenance: Provenance, seconds: float
-) -> None:
+def _log_summary(plan: Plan, factorizer: Factorizer, provenance: Provenance, seconds: float) -> None:
     log.info("upscaled %d of %d linear layers in %.1f s", len(provenance.energy), len(plan.layers), seconds)
     memory = psutil.Process().memory_info().rss
     log.info("read %.1f MB of the experts; this process holds %.0f MB", factorizer.bytes_read / 1e6, memory / 1e6)
@@ -142,9 +152,4 @@ def _log_summary(
         log.info("energy ‖ΔW‖² kept by the ranks: min %.4f, median %.4f", shares.min(), shares.median())
     if factorizer.cache is not None:
         log.info("factor cache: %d hits, %d misses", factorizer.cache.hits, factorizer.cache.misses)
-    if factorized.unused_changes:
-        log.info(
-            "%d tensors outside the upscaled layers differ from the pretrained model's and are not used (first: %s); "
-            "average_experts=true averages them",
-            len(factorized.unused_changes), min(factorized.unused_changes),
-        )  # fmt: skip
+    warn_of_unused_changes(provenance)

@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .. import reports
-from ..exceptions import PlanError, SmileError
-from ..io import write_atomically
+from ..exceptions import CheckpointError, PlanError, SmileError
+from ..io import metadata_of, write_atomically
 from ..nn import count_bytes, count_parameters, routing_statistics
 from ..reports import REPORT_FILE, LayerRouting, ResourceMeter, RunReport, TaskResult, average_of
 from .jobs import command_of_job, needs_subprocess, process_rank, report_in
@@ -102,6 +102,7 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         self.measurements["construction"] = self._meter.stop()
         if isinstance(merged_model, nn.Module):
             self.measurements |= {"parameters": count_parameters(merged_model), "bytes": count_bytes(merged_model)}
+            self.measurements["unused_change"] = unused_change(merged_model)
         if self.merged_model_save_path is not None and isinstance(merged_model, IndividualModels):
             log.warning("merged_model_save_path: individual models are not saved, they are in the model pool already")
         elif self.merged_model_save_path is not None:
@@ -252,6 +253,16 @@ def single_task_config(taskpool: DictConfig, task: str) -> DictConfig:
     OmegaConf.set_struct(config, False)
     config[key] = {task: taskpool[key][task]}
     return config
+
+
+def unused_change(model: nn.Module) -> reports.UnusedChange | None:
+    """What an upscaled model does not use of the experts' change; None for other models, and where it is unknown."""
+    try:
+        provenance = metadata_of(model).provenance
+    except CheckpointError:
+        return None
+    share = provenance.unused_share
+    return None if share is None else reports.UnusedChange(share=share, largest=provenance.largest_unused)
 
 
 def objective_of(report: RunReport, budget: float | None) -> float | None:

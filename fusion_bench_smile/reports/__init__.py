@@ -12,6 +12,7 @@ from .report import (
     RunReport,
     Stage,
     TaskResult,
+    UnusedChange,
     average_of,
     fingerprint,
     retention_of,
@@ -21,6 +22,6 @@ from .resources import ResourceMeter, environment, git_revision
 
 __all__ = [
     "REPORT_FILE", "STYLES", "Environment", "LayerRouting", "ReportError", "ResourceMeter", "Routing", "RunReport",
-    "Stage", "TaskResult", "average_of", "environment", "fingerprint", "git_revision", "grouped_bars", "heatmap",
-    "label_of", "markdown_table", "panels", "render_figure", "retention_of", "save_figure", "task_results",
+    "Stage", "TaskResult", "UnusedChange", "average_of", "environment", "fingerprint", "git_revision", "grouped_bars",
+    "heatmap", "label_of", "markdown_table", "panels", "render_figure", "retention_of", "save_figure", "task_results",
 ]  # fmt: skip

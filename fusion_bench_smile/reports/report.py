@@ -67,6 +67,13 @@ class Routing(_Section):
     layers: dict[str, LayerRouting]
 
 
+class UnusedChange(_Section):
+    """What the experts changed outside the upscaled layers, and an upscaled model does not use."""
+
+    share: float  # of the experts' total change Σ‖Δ‖², from 0 to 1
+    largest: dict[str, float] = Field(default_factory=dict)  # names of the largest tensors → their share
+
+
 class Environment(_Section):
     """Hardware and software of a run."""
 
@@ -108,6 +115,7 @@ class RunReport(_Section):
     evaluation: Stage | None = None
     samples_per_second: float | None = None  # in the evaluation, by all processes, data loading included
     routing: Routing | None = None  # None for models without routers
+    unused_change: UnusedChange | None = None  # None for models that are not upscaled, and where it is unknown
     environment: Environment
     started: datetime  # UTC
     finished: datetime  # UTC

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from conftest import experts_of, mlp
 from sample_reports import report
 
+from fusion_bench_smile import upscale
 from fusion_bench_smile.framework import objective_of
+from fusion_bench_smile.framework.program import unused_change
+from fusion_bench_smile.reports import RunReport
 
 
 @pytest.mark.parametrize(
@@ -28,3 +32,14 @@ def test_any_model_within_the_budget_is_better_than_any_above():
     above = [report(retention=100.0, parameters=parameters) for parameters in (121, 150, 800)]
     values = [objective_of(each, 1.2) for each in (poor, *above)]
     assert values == sorted(values, reverse=True)
+
+
+def test_what_an_upscaled_model_does_not_use_is_reported(tmp_path):
+    base = mlp()
+    found = unused_change(upscale(base, experts_of(base, 2), gate_k=2, k=4))
+    assert found is not None
+    assert 0 < found.share < 0.5
+    assert found.largest.keys() == {"1.weight", "1.bias"}
+    assert RunReport.read(report(unused_change=found.model_dump()).write(tmp_path)).unused_change == found
+    assert unused_change(base) is None
+    assert report().unused_change is None
