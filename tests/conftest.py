@@ -118,3 +118,8 @@ def to_dtype(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, t
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the tests that wait for processes: at the end, they would leave other workers without work."""
+    items.sort(key=lambda item: "cli" not in item.keywords)
