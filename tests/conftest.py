@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import; without it, tests of missing models retry for a minute
 
@@ -121,5 +122,12 @@ def _seed() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the tests that wait for processes: at the end, they would leave other workers without work."""
-    items.sort(key=lambda item: "cli" not in item.keywords)
+    """Spread the files with tests of the command line evenly, so that each worker waits for as many processes."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    groups: dict[bool, list[list[pytest.Item]]] = {True: [], False: []}
+    for tests in files.values():
+        groups[any("cli" in item.keywords for item in tests)].append(tests)
+    places = [(number / len(group), tests) for group in groups.values() for number, tests in enumerate(group)]
+    items[:] = [item for _, tests in sorted(places, key=lambda place: place[0]) for item in tests]
