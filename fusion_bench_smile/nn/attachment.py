@@ -73,10 +73,11 @@ def attach_router(model: nn.Module, router: InputRouter) -> None:
     router.token_layers = {layers[name] for name in gathered}
     if gathered:
         log_token_layers(gathered, len(layers), router.scope)
-    for module, role in entry_points(model).items():
+    roles = entry_points(model)
+    for module, role in roles.items():
         module.__dict__["forward"] = RoutedForward(router, module, role)
     if hasattr(model, "generate"):
-        model.__dict__["generate"] = RoutedGenerate(router, model, entry_points(model)[model])
+        model.__dict__["generate"] = RoutedGenerate(router, model, roles[model])
     setattr(model, ROUTER_NAME, router)
 
 

@@ -162,12 +162,12 @@ class InputRouter(nn.Module):
         call = _signature(type(module).forward).bind_partial(*args, **kwargs)
         arguments = named_arguments(call)
         if state is not None:
-            return self._enter(state, module, role, forward, call)
+            return self._enter(state, module, role, forward, call, arguments)
         generation = active_generation(self)
         held = None if generation is None or generation.state is None else generation.state.copy()
         state = held or kept_state(self, arguments) or RoutingState(router=self)
         with activate(state):
-            output = self._enter(state, module, role, forward, call)
+            output = self._enter(state, module, role, forward, call, arguments)
             for hook in list(self._choice_hooks.values()):
                 hook(state)
         for cache in caches_in(arguments, output):
@@ -177,12 +177,12 @@ class InputRouter(nn.Module):
         return output
 
     def _enter(
-        self, state: RoutingState, module: nn.Module, role: Role, forward: Forward, call: inspect.BoundArguments
-    ) -> Any:
+        self, state: RoutingState, module: nn.Module, role: Role, forward: Forward, call: inspect.BoundArguments,
+        arguments: Mapping[str, Any],
+    ) -> Any:  # fmt: skip
         """Run an entry point, before which the experts are chosen if it is the one that decides."""
-        arguments = named_arguments(call)
         if state.num_inputs is None and role != "encoder_decoder":
-            self._begin(state, module, forward, call)
+            self._begin(state, module, forward, call, arguments)
         elif role == "encoder_decoder" and arguments.get("encoder_outputs") is not None:
             state.encoder_output = next(tensors_in(arguments["encoder_outputs"]), None)
             if state.num_inputs is None:
@@ -193,9 +193,12 @@ class InputRouter(nn.Module):
             keep(state.copy(), output[0])
         return output
 
-    def _begin(self, state: RoutingState, module: nn.Module, forward: Forward, call: inspect.BoundArguments) -> None:
+    def _begin(
+        self, state: RoutingState, module: nn.Module, forward: Forward, call: inspect.BoundArguments,
+        arguments: Mapping[str, Any],
+    ) -> None:  # fmt: skip
         """Take the inputs of a call, and choose their experts if they are chosen before the first layer."""
-        arguments, generation = named_arguments(call), active_generation(self)
+        generation = active_generation(self)
         if torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
             raise RuntimeError(
                 f"gradient checkpointing computes layers outside of the call that chose their experts, which "

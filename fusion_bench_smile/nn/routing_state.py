@@ -120,7 +120,7 @@ def active_generation(router: InputRouter) -> Generation | None:
 
 @contextmanager
 def generate_with(generation: Generation) -> Iterator[None]:
-    """Make a generation that in progress inside the ``with`` block."""
+    """Make a call of ``generate`` the one in progress inside the ``with`` block, however it ends."""
     token = _generations.set((*_generations.get(), generation))
     try:
         yield
