@@ -11,7 +11,7 @@ from ._version import __version__
 from .config import SmileConfig
 from .construction import FactorCache, add_expert, calibrate, plan_upscaling, remove_expert, upscale, upscale_to_folder
 from .exceptions import CheckpointError, ConfigError, PlanError, SmileError
-from .io import load, metadata_of, save
+from .io import load, metadata_of, save, verify_checkpoint
 from .nn import RoutedLayer, SmileLinear, as_expert, choose_experts, record_choices, record_routing, use_experts
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ __all__ = [
     "CheckpointError", "ConfigError", "FactorCache", "PlanError", "RoutedLayer", "SmileConfig", "SmileError",
     "SmileLinear", "SmileUpscalingAlgorithm", "__version__", "add_expert", "as_expert", "calibrate", "choose_experts",
     "export_adapters", "load", "metadata_of", "plan_upscaling", "record_choices", "record_routing", "remove_expert",
-    "save", "upscale", "upscale_to_folder", "use_experts",
+    "save", "upscale", "upscale_to_folder", "use_experts", "verify_checkpoint",
 ]  # fmt: skip
 
 

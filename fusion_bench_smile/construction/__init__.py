@@ -1,9 +1,10 @@
 """Construction of upscaled models: plan, factorization, assembly, and what is done to a model afterwards."""
 
+from ..io import tensor_digest
 from .assemble import set_routing
 from .calibration import BATCH_SIZE, NUM_INPUTS, calibrate, check_calibration, measure_baseline, random_inputs
 from .edit import add_expert, remove_expert
-from .factor_cache import FactorCache, tensor_digest
+from .factor_cache import FactorCache
 from .factorize import open_experts
 from .layer_selection import split_targeted_attention
 from .parallel import WorkPartition, destroy_process_group_at_exit

@@ -11,6 +11,7 @@ from ..config import SmileConfig
 from ..exceptions import PlanError
 from ..io import ExpertSource, SmileMetadata, metadata_of
 from ..io.metadata import describe_model
+from ..io.names import check_expert_names
 from ..io.transformers_hook import attach_metadata
 from ..nn import DENSE, detach_router, routed_layers
 from ..nn.attention import replace_modules
@@ -34,6 +35,7 @@ def add_expert(model: nn.Module, expert: ExpertSource, name: str) -> nn.Module:
     """
     metadata = metadata_of(model)
     _check_editable(metadata)
+    check_expert_names([name])
     if name in metadata.experts:
         raise PlanError(f"there is an expert {name!r} already; the experts are: {', '.join(metadata.experts)}")
     config, experts = metadata.config, (*metadata.experts, name)

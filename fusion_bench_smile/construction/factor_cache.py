@@ -7,13 +7,12 @@ from collections.abc import Callable, Hashable
 from contextlib import suppress
 from pathlib import Path
 
-import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..io import replace_file_atomically
+from ..io import replace_file_atomically, tensor_digest
 from .svd import SOLVER_VERSION, Factors
 
 log = logging.getLogger(__name__)
@@ -22,13 +21,6 @@ MIN_RANK = 32  # the least rank of an entry: a sweep over smaller ranks factors 
 DEFAULT_MAX_BYTES = 20 * 2**30
 
 _digests: dict[Hashable, str] = {}
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """A hash of a tensor's dtype, shape and bytes: 32 hexadecimal digits."""
-    data = tensor.detach().cpu().contiguous()
-    seed = xxhash.xxh32_intdigest(f"{data.dtype}{tuple(data.shape)}".encode())
-    return xxhash.xxh3_128(data.reshape(-1).view(torch.uint8).numpy().data, seed=seed).hexdigest()
 
 
 def known_digest(identity: Hashable | None, tensor: Callable[[], Tensor]) -> str:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..config import SmileConfig
 from ..exceptions import PlanError
-from ..io import ExpertSource, Source, StateDictSource, open_source, stored_names
+from ..io import ExpertSource, Source, StateDictSource, open_source, stored_names, tensor_digest
 from ..nn import DENSE
 from ..nn.expert_parameters import expert_parameter_names
 from .changes import TensorChanges, check_averages, read_changes, read_finite
-from .factor_cache import MIN_RANK, FactorCache, known_digest, tensor_digest
+from .factor_cache import MIN_RANK, FactorCache, known_digest
 from .layer_factors import ExpertFactors, LayerFactors
 from .parallel import WorkPartition, completed, map_in_parallel
 from .plan import LayerPlan, Plan, check_expert, check_finite
@@ -171,6 +171,7 @@ class FactorizedExperts:
     differences: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # parameter → expert's index → difference
     sums: dict[str, Tensor] = field(default_factory=dict)  # name of a tensor to average → the sum over the experts
     changes: dict[str, TensorChanges] = field(default_factory=dict)  # expert → what it changed; averages do not count
+    loaded_digests: dict[str, str] = field(default_factory=dict)  # loaded expert → digest of its weights
 
     def gather_layer(self, name: str, num_experts: int, partition: WorkPartition) -> LayerFactors:
         """Take the factors of one layer out of this object, with those of the other processes."""
@@ -224,9 +225,13 @@ def factorize_experts(
     used = set(expert_parameter_names(pretrained, config.expert_parameters, remove_duplicate=False))
     for index, (name, expert) in enumerate(experts.items()):
         layers = [layer for layer, is_assigned in zip(plan.layers, turns, strict=False) if is_assigned]
-        if not (layers or averaged or names):
+        is_loaded = (expert_source := opened.pop(name)) is None
+        if not (layers or averaged or names or (is_loaded and partition.size > 1)):
             continue
-        expert_source = opened.pop(name) or _load_expert(plan, name, expert, source, aliases)
+        if expert_source is None:
+            expert_source = _load_expert(plan, name, expert, source, aliases)
+            if partition.size > 1:  # all processes load it, and compare its weights
+                factorized.loaded_digests[name] = expert_source.digest()
         label, changes = f"expert {name!r}", factorized.changes.setdefault(name, TensorChanges())
         if averaged:
             check_averages(plan, source, expert_source, label, aliases)

@@ -21,6 +21,7 @@ from ..io import ExpertSource, Provenance, SmileMetadata, Source, StateDictSourc
 from ..io.atomic import replace_folder_atomically
 from ..io.checkpoint import architecture, copy_companions, is_companion
 from ..io.model_card import write_model_card
+from ..io.names import check_expert_names
 from ..io.safetensors_source import INDEX_FILE, SafetensorsSource
 from ..io.sources import with_names_of
 from ..io.transformers_hook import SmileQuantizationConfig, is_tied, mark_checkpoint
@@ -68,6 +69,7 @@ def upscale_to_folder(
         CheckpointError: Nothing can be written to `folder`.
     """
     config, pretrained, folder = SmileConfig.resolve(config, options), Path(pretrained), Path(folder)
+    check_expert_names(experts)
     for name in ("param_ratio", "expert_parameters", "noise_baseline"):
         if getattr(config, name) != getattr(SmileConfig, name):  # it is not the default
             raise ConfigError(f"{name}={getattr(config, name)} needs the whole model in memory: use upscale and save")

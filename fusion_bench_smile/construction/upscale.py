@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import psutil
 import torch
@@ -15,9 +15,11 @@ from ..config import SmileConfig
 from ..exceptions import PlanError
 from ..io import ExpertSource, Provenance, StateDictSource, stored_names
 from ..io.metadata import describe_model
+from ..io.names import check_expert_names
 from ..io.transformers_hook import attach_metadata
 from ..nn import Prototypes
 from ..nn.attention import split_in_place, split_names
+from .agreement import check_same_experts, check_same_inputs
 from .assemble import Differences, replace_layers, set_averages, set_routing, stack_differences
 from .changes import check_recurrent, expert_changes, warn_of_unused_changes
 from .factor_cache import FactorCache
@@ -52,7 +54,8 @@ def upscale(
         config: The options; alternatively they are given as keywords (``k=16``).
         factor_cache: A cache of factors. None factors everything.
         share_work: Divide the work among the processes of torch.distributed's default group. All of them must call this
-            function with the same models, and all get the same model.
+            function with the same models and options, which is checked, and all get the same model. An error in one of
+            them is raised in all.
         in_place: Build in `pretrained` itself, which saves a copy. Invalid arguments are refused before it is modified.
         calibration: Reserve parameters of a `param_ratio` for `calibrate` with so many inputs of each task.
         on_progress: Called after each (expert, layer) pair with the number of pairs done and in all, by this process.
@@ -62,29 +65,46 @@ def upscale(
         ConfigError: An option cannot work.
         PlanError: The models cannot be upscaled together; see `make_plan` and `check_expert`.
     """
-    config, named = SmileConfig.resolve(config, options), _named(experts)
-    if meta := [name for name, parameter in pretrained.named_parameters() if parameter.is_meta]:
-        raise PlanError(f"the pretrained model has no weights, {meta[0]} is on the meta device: load it first")
-    given, pretrained = pretrained, split_targeted_attention(pretrained, config)
+    with WorkPartition(single_process=not share_work) as partition:
+        config, named = SmileConfig.resolve(config, options), _named(experts)
+        if meta := [name for name, parameter in pretrained.named_parameters() if parameter.is_meta]:
+            raise PlanError(f"the pretrained model has no weights, {meta[0]} is on the meta device: load it first")
+        request = _Request(pretrained, split_targeted_attention(pretrained, config), named, config, calibration)
+        return _upscale(request, partition, factor_cache, in_place, on_progress)
+
+
+class _Request(NamedTuple):
+    """The arguments of `upscale` that the result depends on."""
+
+    given: nn.Module  # the pretrained model
+    pretrained: nn.Module  # the same with split attention where the options name a layer of it
+    experts: dict[str, ExpertSource]
+    config: SmileConfig
+    calibration: int
+
+
+def _upscale(
+    request: _Request, partition: WorkPartition, factor_cache: FactorCache | None, in_place: bool,
+    on_progress: ProgressCallback | None,
+) -> nn.Module:  # fmt: skip
+    given, pretrained, named, config, calibration = request
     plan = make_plan(pretrained, len(named), config)
-    began, partition = time.perf_counter(), WorkPartition(single_process=not share_work)
-    workers = plan.num_workers(config.compute_device)
+    began, workers = time.perf_counter(), plan.num_workers(config.compute_device)
     factorizer = Factorizer(config, with_router=len(named) > 1, cache=factor_cache, workers=workers)
-    factorized, error = FactorizedExperts(), None
-    try:
-        factorize_experts(plan, pretrained, named, factorizer, partition, factorized, on_progress)
-    except Exception as problem:
-        error = problem
-    partition.raise_together(error)
+    factorized = FactorizedExperts()
+    check_same_inputs(partition, pretrained, named, config, calibration)
+    factorize_experts(plan, pretrained, named, factorizer, partition, factorized, on_progress)
+    check_same_experts(partition, factorized.loaded_digests)
     changes = factorized.gather_changes(named, partition)
     check_recurrent(plan, changes)
     model = split_in_place(given, split_names(pretrained)) if in_place else deepcopy(pretrained)
     differences = stack_differences(pretrained, partition.all_gather(factorized.differences)[0], len(named))
+    layers_of = partition
     if config.param_ratio is not None:
         reserved = _parameters_outside_layers(plan, config, differences, calibration)
         fit_ranks(plan, pretrained, factorized, partition, config, reserved)
-        partition = WorkPartition()  # every process has the factors of all
-    provenance = replace_layers(model, plan, factorized, partition, config, tuple(named))
+        layers_of = WorkPartition()  # every process has the factors of all
+    provenance = replace_layers(model, plan, factorized, layers_of, config, tuple(named))
     provenance = replace(provenance, changes=expert_changes(changes))
     set_averages(model, partition.all_gather(factorized.sums)[0], len(named))
     set_routing(model, config, tuple(named), differences)
@@ -107,7 +127,9 @@ def plan_upscaling(pretrained: nn.Module, experts: Experts, config: SmileConfig 
 
 
 def _named(experts: Experts) -> dict[str, ExpertSource]:
-    return dict(experts) if isinstance(experts, Mapping) else {str(i): expert for i, expert in enumerate(experts)}
+    named = dict(experts) if isinstance(experts, Mapping) else {str(i): expert for i, expert in enumerate(experts)}
+    check_expert_names(named)
+    return named
 
 
 def fit_ranks(

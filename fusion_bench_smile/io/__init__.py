@@ -3,12 +3,28 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .atomic import check_writable_folder, replace_file_atomically, replace_folder_atomically, write_atomically
+from .atomic import (
+    check_writable_folder,
+    remove_leftovers,
+    replace_file_atomically,
+    replace_folder_atomically,
+    write_atomically,
+)
 from .checkpoint import is_checkpoint, load, save
 from .metadata import ExpertChange, Provenance, SmileMetadata
 from .safetensors_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_FILE, WEIGHTS_FILE, SafetensorsSource
-from .sources import ExpertSource, Source, StateDictSource, lazy_source, open_source, stored_names, tied_names
+from .sources import (
+    ExpertSource,
+    Source,
+    StateDictSource,
+    lazy_source,
+    open_source,
+    stored_names,
+    tensor_digest,
+    tied_names,
+)
 from .transformers_hook import metadata_of
+from .verification import verify_checkpoint
 
 if TYPE_CHECKING:
     from .adapter_source import AdapterSource
@@ -19,7 +35,8 @@ __all__ = [
     "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "INDEX_FILE", "WEIGHTS_FILE", "AdapterSource", "ExpertChange", "ExpertSource",
     "Provenance", "SafetensorsSource", "SmileMetadata", "Source", "StateDictSource", "check_writable_folder",
     "export_adapters", "is_checkpoint", "lazy_source", "load", "markdown_table", "metadata_of", "open_source",
-    "replace_file_atomically", "replace_folder_atomically", "save", "stored_names", "tied_names", "write_atomically",
+    "remove_leftovers", "replace_file_atomically", "replace_folder_atomically", "save", "stored_names",
+    "tensor_digest", "tied_names", "verify_checkpoint", "write_atomically",
 ]  # fmt: skip
 LAZY = {"AdapterSource": "adapter_source", "export_adapters": "peft_export", "markdown_table": "tables"}
 

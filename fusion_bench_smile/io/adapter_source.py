@@ -1,22 +1,25 @@
 """PEFT LoRA adapters, read as the factors they are. Imports PEFT."""
 
-import json
 import math
 import os
 import re
-from collections.abc import Container
+from collections.abc import Container, Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypeVar
 
+import regex
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from ..exceptions import PlanError
+from ..exceptions import CheckpointError, PlanError
 from .safetensors_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SafetensorsSource
+from .schema import read_json
 from .sources import Shapes, Source
 
+Number = TypeVar("Number", int, float)
+MAX_SECONDS = 1.0  # to match one pattern
 # options with which an adapter computes something else than (W + scaling·BA)x
 UNSUPPORTED = (
     "use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "alora_invocation_tokens", "layer_replication",
@@ -37,6 +40,7 @@ class AdapterSource(Source):
     def __init__(self, folder: str | os.PathLike[str], pretrained: Source) -> None:
         self._pretrained, folder = pretrained, Path(folder)
         config = load_lora_config(folder)
+        self._settings = (folder / ADAPTER_CONFIG).read_text()
         self._tensors = SafetensorsSource(folder / ADAPTER_WEIGHTS)
         self._replaced: dict[str, str] = {}  # name in the model → key of a tensor stored whole
         self._factors: dict[str, tuple[str, str, float]] = {}  # name in the model → keys of B and A, scaling
@@ -68,6 +72,14 @@ class AdapterSource(Source):
             required = required[::-1] if "lora_embedding_" in a else required
             if pretrained_shapes.get(name) != required or shapes[b][1] != shapes[a][0]:
                 raise PlanError(_other_base_model(folder, name, pretrained_shapes.get(name), required))
+
+    def stamp(self) -> Hashable | None:
+        """See `Source.stamp`. The pretrained model is not part of it."""
+        return self._tensors.stamp(), self._settings
+
+    def digest(self) -> str:
+        """See `Source.digest`. Neither the pretrained model nor merged weights are part of it."""
+        return f"{self._tensors.digest()}/{self._settings}"
 
     def shapes(self) -> Shapes:
         """See `Source.shapes`."""
@@ -116,12 +128,23 @@ def _model_name(name: str, known: Container[str]) -> str:
     return name if name in known else split
 
 
+class _LoraValues(BaseModel):
+    """The settings of a LoRA adapter that its factors depend on."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    r: Annotated[int, Field(ge=1)] = 8
+    lora_alpha: float = 8.0
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool = False
+
+
 def load_lora_config(folder: Path) -> LoraConfig:
     """The settings of a LoRA adapter; PlanError if they cannot be read, or give something else than W + scaling·BA."""
     try:
-        settings: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise PlanError(f"{folder / ADAPTER_CONFIG} can't be read: {error}") from None
+        settings = read_json(folder / ADAPTER_CONFIG)
+    except CheckpointError as error:
+        raise PlanError(f"{error}; save the adapter again") from None
     if (kind := settings.get("peft_type")) != "LORA":
         raise PlanError(f"{folder} is a {kind} adapter; of PEFT's adapters only LORA can be read: merge it first")
     for option in UNSUPPORTED:
@@ -131,19 +154,40 @@ def load_lora_config(folder: Path) -> LoraConfig:
     if init.startswith(UNSUPPORTED_INITS):
         raise PlanError(f"{folder}: init_lora_weights={init!r} changed the base model itself; merge it first")
     try:
+        _LoraValues.model_validate(settings)
         return LoraConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError) as error:
-        raise PlanError(f"{folder / ADAPTER_CONFIG} can't be read: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except Exception as error:  # PEFT passes most values on, where they may fail in any way
+        problem = str(error).partition("\n")[0]
+    raise PlanError(f"{folder / ADAPTER_CONFIG} can't be read: {problem}; save the adapter again")
 
 
 def _scaling(config: LoraConfig, module: str, rank: int) -> float:
     """PEFT's scaling: α/r, or α/√r with rank-stabilised LoRA."""
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    declared = ranks.get(get_pattern_key(list(ranks), module), config.r)
+    declared = _pattern_value(config.rank_pattern or {}, module, config.r)
     if declared != rank:
         raise PlanError(f"the adapter declares rank {declared} for {module}, its tensors have rank {rank}")
-    alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
+    alpha = _pattern_value(config.alpha_pattern or {}, module, config.lora_alpha)
     return float(alpha) / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _pattern_value(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
+    """The value of the first pattern that matches a module, as PEFT finds it, but in bounded time.
+
+    Some regular expressions take time that grows exponentially with the name, and an adapter may come from anybody.
+    """
+    for pattern, value in patterns.items():
+        try:
+            if regex.match(rf"(.*\.)?({pattern})$", module, timeout=MAX_SECONDS):
+                return value
+        except (regex.error, TimeoutError) as error:
+            reason = "takes too long" if isinstance(error, TimeoutError) else f"is invalid: {error}"
+            raise PlanError(
+                f"the adapter's pattern {pattern[:40]!r} {reason}; write the modules' names instead"
+            ) from None
+    return default
 
 
 def _other_base_model(folder: Path, name: str, pretrained: tuple[int, ...] | None, adapter: tuple[int, ...]) -> str:

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,32 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..exceptions import CheckpointError
+from ..exceptions import CheckpointError, SmileError
 from .atomic import replace_folder_atomically
-from .metadata import SmileMetadata
+from .digests import write_digests
 from .model_card import HUB_NAME, write_model_card
-from .safetensors_source import WEIGHTS_FILE, check_tensors
+from .safetensors_source import WEIGHTS_FILE, SafetensorsSource, check_tensors
 from .sources import tied_names
 from .transformers_hook import (
     CONFIG_FILE,
+    METADATA_FILE,
     METHOD,
+    REPLACED,
     attach_metadata,
-    is_smile,
+    folder_version,
     mark_checkpoint,
     metadata_of,
     prepare_model,
+    read_metadata,
 )
+from .verification import verify_checkpoint
 
-METADATA_FILE = "smile.json"
+MAX_ATTEMPTS = 10  # to load a folder that other processes replace
 COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 WEIGHTS_PATTERN = re.compile(r"\.(safetensors|bin)(\.index\.json)?$")
 
@@ -55,55 +60,89 @@ def save(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> None:
             mark_checkpoint(folder, metadata, tied_names(model))
         else:
             save_model(model, str(folder / WEIGHTS_FILE))
-            (folder / METADATA_FILE).write_text(json.dumps({"quant_method": METHOD, **metadata.to_dict()}, indent=1))
+            section = json.loads(json.dumps({"quant_method": METHOD, **metadata.to_dict()}))
+            (folder / METADATA_FILE).write_text(json.dumps(section, indent=1))
+            write_digests(folder, section)
         base_model = getattr(getattr(model, "config", None), "_name_or_path", "")
         write_model_card(metadata, Path(path), folder, base_model)
         if source := _local_folder(base_model):
             copy_companions(source, folder)
 
 
-def load(path: str | os.PathLike[str], pretrained: nn.Module | None = None) -> nn.Module:
+def load(path: str | os.PathLike[str], pretrained: nn.Module | None = None, *, verify: bool = False) -> nn.Module:
     """Load an upscaled model from a folder that `save` or ``save_pretrained`` wrote.
 
-    A model that is not of transformers needs the pretrained one, which is copied and not modified.
+    A folder that is replaced meanwhile is read again: the model is one of those that were saved.
+
+    Args:
+        path: The folder.
+        pretrained: The pretrained model, which is copied and not modified. Models of transformers do not need it.
+        verify: Read all tensors once more, and compare them with the digests that were saved; see `verify_checkpoint`.
 
     Raises:
         CheckpointError: The folder is no complete SMILE checkpoint; the reason is given.
     """
     folder = Path(path)
+    for _ in range(MAX_ATTEMPTS):
+        version = folder_version(folder)
+        try:
+            model = _load(folder, pretrained, verify)
+        except CheckpointError:
+            if folder_version(folder) == version:
+                raise
+        else:
+            if folder_version(folder) == version:
+                return model
+    raise CheckpointError(f"{folder} {REPLACED}, when no other process saves there")
+
+
+def _load(folder: Path, pretrained: nn.Module | None, verify: bool) -> nn.Module:
     metadata, config = read_metadata(folder)
+    if verify:
+        verify_checkpoint(folder)
     if config is not None:
         check_tensors(folder, {})  # readable at all? the hook compares names and shapes
-        return architecture(folder, config.get("architectures")).from_pretrained(folder)
+        return _from_pretrained(folder, config)
     if pretrained is None:
         raise CheckpointError(f"{folder} holds no transformers model: give the pretrained model it was built from")
     model = deepcopy(pretrained)
-    prepare_model(model, metadata)
-    aliases = tied_names(model)
-    check_tensors(folder, {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}, aliases)
-    load_model(model, folder / WEIGHTS_FILE)
+
+    def check_files() -> None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+        check_tensors(folder, shapes, tied_names(model))
+
+    prepare_model(model, metadata, check_files)
+    try:
+        load_model(model, folder / WEIGHTS_FILE)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} can't be loaded: {_first_line(error)}") from error
     attach_metadata(model, metadata)
     return model
 
 
-def read_metadata(folder: Path) -> tuple[SmileMetadata, dict[str, Any] | None]:
-    """Metadata and transformers config (None for other modules) of a folder; CheckpointError if it has no metadata."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; a SMILE checkpoint is one")
-    file = next((folder / name for name in (METADATA_FILE, CONFIG_FILE) if (folder / name).exists()), None)
-    if file is None:
-        raise CheckpointError(
-            f"{folder} holds neither {CONFIG_FILE} nor {METADATA_FILE}: it is not a complete SMILE checkpoint"
-        )
+def _from_pretrained(folder: Path, config: dict[str, Any]) -> PreTrainedModel:
+    """The model of transformers in a folder. Raises CheckpointError for whatever transformers raises."""
+    check_depth(folder, config, len(SafetensorsSource(folder).shapes()))
     try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not readable JSON: {error}") from None
-    config = values if file.name == CONFIG_FILE else None
-    section = values if config is None else values.get("quantization_config", {})
-    if not is_smile(section):
-        raise CheckpointError(f"{file} has no SMILE section: this is a checkpoint of another model")
-    return SmileMetadata.from_dict(section, str(folder)), config
+        return architecture(folder, config.get("architectures")).from_pretrained(folder)
+    except SmileError:
+        raise
+    except Exception as error:  # transformers validates little: a wrong value fails anywhere
+        problem = f"{type(error).__name__}: {_first_line(error)}"
+        raise CheckpointError(f"{folder}: transformers can't load this checkpoint ({problem})") from error
+
+
+def check_depth(folder: Path, config: Mapping[str, Any], num_tensors: int) -> None:
+    """Raise CheckpointError for a config with more layers than its files have tensors, which would be built first."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            check_depth(folder, value, num_tensors)
+        elif "layers" in key and isinstance(value, (int, float)) and value > num_tensors:
+            raise CheckpointError(f"{folder}: config.json says {key}={value}, the files hold {num_tensors} tensors")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
@@ -111,12 +150,13 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     return Path(path).is_dir() and any(Path(path).iterdir())
 
 
-def architecture(folder: Path, names: Sequence[str] | None) -> type[PreTrainedModel]:
+def architecture(folder: Path, names: Any) -> type[PreTrainedModel]:
     """The transformers class that the config of a folder names; CheckpointError if transformers lacks it."""
-    name = (names or [""])[0]
-    if not hasattr(transformers, name):
+    name = names[0] if isinstance(names, list) and names else ""
+    found = getattr(transformers, name, None) if isinstance(name, str) and name else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise CheckpointError(f"{folder}: config.json names the architecture {name!r}, which transformers lacks")
-    return getattr(transformers, name)
+    return found
 
 
 def is_companion(name: str) -> bool:

@@ -13,13 +13,15 @@ import xxhash
 from torch import nn
 
 from ..config import SmileConfig
-from ..exceptions import CheckpointError
+from ..exceptions import CheckpointError, ConfigError
 from ..nn.attachment import router_of
 from ..nn.attention import split_names
 from ..nn.expert_parameters import modules_with_expert_parameters
 from ..nn.layout import ExpertLayout
 from ..nn.prototypes import Prototypes
 from ..nn.routed import count_parameters, routed_layers
+from .names import check_expert_names
+from .schema import LayerValues, RecipeValues, RouterValues, parse_section
 
 FORMAT_VERSION = 3
 NUM_LARGEST = 5  # tensors that are named
@@ -96,7 +98,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class SmileMetadata:
-    """The description of an upscaled model."""
+    """The description of an upscaled model. Raises PlanError for an expert's name that cannot be that of a folder."""
 
     config: SmileConfig  # the options it was built with
     experts: tuple[str, ...]  # the experts' names, in the order of the layouts
@@ -107,6 +109,13 @@ class SmileMetadata:
     expert_parameters: dict[str, list[str]] = field(default_factory=dict)  # module → parameters that experts differ in
     loading: str = LOADING  # what loading the checkpoint requires, for people
     split_attention: tuple[str, ...] = ()  # the attention modules that are split, see `split_attention`
+
+    def __post_init__(self) -> None:
+        check_expert_names(self.experts)
+
+    def describes_same_weights(self, other: SmileMetadata) -> bool:
+        """Whether a model with this metadata can hold the tensors of one with the other; the options may differ."""
+        return (self.experts, self.layouts, self.provenance) == (other.experts, other.layouts, other.provenance)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values in checkpoint format 3."""
@@ -137,24 +146,33 @@ class SmileMetadata:
         """Read checkpoint format 3; CheckpointError for another format, or if a layer contradicts the options."""
         version = values.get("format_version", 0)
         if version != FORMAT_VERSION:
-            hint = "upgrade fusion-bench-smile" if version > FORMAT_VERSION else "build the model again"
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            hint = "upgrade fusion-bench-smile" if newer else "build the model again"
             raise CheckpointError(f"{where} has format version {version}, this package reads {FORMAT_VERSION}: {hint}")
-        config = SmileConfig.from_checkpoint(values["options"])
-        layouts = {}
-        for name, layer in values["layers"].items():
+        section = parse_section(values, where)
+        try:
+            config = SmileConfig.from_checkpoint(section.options)
+        except (ConfigError, TypeError) as error:
+            raise CheckpointError(f"{where}: {error}; the options were edited: build the model again") from None
+        for name, layer in section.layers.items():
             _check_repeated_options(name, layer, config, where)
-            layouts[name] = ExpertLayout.from_dict(layer)
-        recipe, router = values.get("recipe") or {}, values.get("router") or {}
-        parameters, prototypes = tuple(recipe.get("parameters", (0, 0))), router.get("prototypes")
+        router = section.router or RouterValues()
         return cls(
-            config, tuple(values["experts"]), layouts,
-            Provenance(
-                recipe.get("energy", {}), recipe.get("sources", {}), parameters, recipe.get("versions", {}),
-                {name: ExpertChange(**change) for name, change in recipe.get("changes", {}).items()},
-            ),
-            bool(router.get("baseline")), tuple(prototypes) if prototypes else None, values.get("own") or {},
-            values.get("needs", LOADING), tuple(values.get("split_attention", ())),
+            config, tuple(section.experts), {name: _layout(layer) for name, layer in section.layers.items()},
+            _provenance(section.recipe or RecipeValues()), router.baseline,
+            None if router.prototypes is None else (router.prototypes[0], router.prototypes[1]), section.own or {},
+            section.needs or LOADING, tuple(section.split_attention),
         )  # fmt: skip
+
+
+def _layout(layer: LayerValues) -> ExpertLayout:
+    return ExpertLayout(tuple(layer.ranks), tuple(layer.gate_ranks), layer.shared_router, layer.expert_bias)
+
+
+def _provenance(recipe: RecipeValues) -> Provenance:
+    changes = {name: ExpertChange(**change.model_dump()) for name, change in recipe.changes.items()}
+    parameters = (recipe.parameters[0], recipe.parameters[1])
+    return Provenance(recipe.energy, recipe.sources, parameters, recipe.versions, changes)
 
 
 def describe_model(
@@ -182,8 +200,8 @@ def _changes_dict(provenance: Provenance) -> dict[str, Any]:
     return {"changes": changes} if changes else {}
 
 
-def _check_repeated_options(name: str, layer: Mapping[str, Any], config: SmileConfig, where: str) -> None:
+def _check_repeated_options(name: str, layer: LayerValues, config: SmileConfig, where: str) -> None:
     for key, option in REPEATED_OPTIONS.items():
-        if layer[key] != (value := getattr(config, option)):
-            problem = f"{key} is {layer[key]!r} in {name} and {value!r} in the options; the file was edited"
+        if (repeated := getattr(layer, key)) != (value := getattr(config, option)):
+            problem = f"{key} is {repeated!r} in {name} and {value!r} in the options; the file was edited"
             raise CheckpointError(f"{where}: {problem}: build the model again")

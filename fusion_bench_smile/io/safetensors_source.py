@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..exceptions import CheckpointError, PlanError
+from .names import name_problem
+from .schema import read_json
 from .sources import Shapes, Source
 
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -78,12 +80,23 @@ class SafetensorsSource(Source):
         stat = file.stat()
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stored_name, self._dtypes.get(name)
 
+    def stamp(self) -> Hashable | None:
+        """The names of the tensors, their dtypes, and the inode, size and time of change of each file.
+
+        Processes on several machines that read one file from a shared file system get the same.
+        """
+        files = {file: file.stat() for file in sorted({file for file, _ in self._locations.values()})}
+        stats = tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in files.values())
+        numbers = {file: number for number, file in enumerate(files)}
+        names = tuple((name, numbers[file], stored) for name, (file, stored) in sorted(self._locations.items()))
+        return stats, names, tuple(sorted((name, str(dtype)) for name, dtype in self._dtypes.items()))
+
 
 def open_safetensors(file: Path) -> Any:
     """`safetensors.safe_open` on the CPU, with a PlanError that names a file that cannot be read."""
     try:
         return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise PlanError(f"{file} can't be read: {error}; it is incomplete or corrupt") from None
 
 
@@ -94,7 +107,7 @@ def weight_files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise PlanError(f"the folder {path} does not exist; correct its path")
     if (path / INDEX_FILE).exists():
-        files = sorted({path / name for name in json.loads((path / INDEX_FILE).read_text())["weight_map"].values()})
+        files = sorted({path / name for name in _indexed_files(path / INDEX_FILE)})
     elif (path / WEIGHTS_FILE).exists():
         files = [path / WEIGHTS_FILE]
     else:
@@ -103,6 +116,20 @@ def weight_files(path: Path) -> list[Path]:
         if not file.exists():
             raise PlanError(f"{path} lacks {file.name}, which its index names: the checkpoint is incomplete")
     return files
+
+
+def _indexed_files(index: Path) -> set[str]:
+    """The names of the files in an index. PlanError for one that is damaged, or names a file in another folder."""
+    try:
+        weight_map = read_json(index).get("weight_map")
+    except CheckpointError as error:
+        raise PlanError(str(error)) from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise PlanError(f"{index} lists no files; save the model again")
+    for name in weight_map.values():
+        if problem := name_problem(name):
+            raise PlanError(f"{index}: the file's name {problem}; save the model again")
+    return set(weight_map.values())
 
 
 def flatten_tensor(folder: Path, name: str) -> bool:

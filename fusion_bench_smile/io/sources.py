@@ -5,12 +5,21 @@ from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
+import xxhash
 from torch import Tensor, nn
 
 from ..nn.attention import names_before_splitting
 
 Shapes = Mapping[str, tuple[int, ...]]
 Loader = TypeVar("Loader", bound=Callable[..., nn.Module])
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """A hash of a tensor's dtype, shape and bytes: 32 hexadecimal digits."""
+    data = tensor.detach().cpu().contiguous()
+    seed = xxhash.xxh32_intdigest(f"{data.dtype}{tuple(data.shape)}".encode())
+    return xxhash.xxh3_128(data.reshape(-1).view(torch.uint8).numpy().data, seed=seed).hexdigest()
 
 
 class Source(Protocol):
@@ -25,6 +34,15 @@ class Source(Protocol):
     def identity(self, name: str) -> Hashable | None:
         """A key that identifies a tensor's content without reading it; None (the default) where only the bytes do."""
         return None
+
+    def stamp(self) -> Hashable | None:
+        """A key that identifies the content of all tensors without reading them; None (the default) without one."""
+        return None
+
+    def digest(self) -> str:
+        """A hash of the names and contents of all tensors, which are read."""
+        digests = [(name, tensor_digest(self.read(name))) for name in sorted(self.shapes())]
+        return xxhash.xxh3_128(repr(digests).encode()).hexdigest()
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
         """B (out, r) and A (r, in) of a delta B @ A stored in factors; None (the default) for any other tensor."""
@@ -68,6 +86,11 @@ class RenamedSource(Source):
     def identity(self, name: str) -> Hashable | None:
         """See `Source.identity`."""
         return self._source.identity(self._names[name])
+
+    def stamp(self) -> Hashable | None:
+        """See `Source.stamp`."""
+        stamp = self._source.stamp()
+        return None if stamp is None else (stamp, tuple(sorted(self._names.items())))
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
         """See `Source.low_rank`."""

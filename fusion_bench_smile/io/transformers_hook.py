@@ -10,7 +10,7 @@ import json
 import os
 import re
 import types
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -24,16 +24,23 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..exceptions import CheckpointError, PlanError
 from ..nn.attachment import attach_router
-from ..nn.attention import replace_modules, split_in_place
+from ..nn.attention import replace_modules, split_in_place, splittable
 from ..nn.compatibility import read_layers
-from ..nn.expert_parameters import attach_expert_parameters, modules_with_expert_parameters
+from ..nn.expert_parameters import (
+    attach_expert_parameters,
+    expert_parameter_names,
+    modules_with_expert_parameters,
+)
 from ..nn.input_router import InputRouter
-from ..nn.layer_types import SmileLinear, routed_type_of
+from ..nn.layer_types import SmileLinear, plain_type_of, routed_type_of
 from ..nn.prototypes import Prototypes
+from .digests import write_digests
 from .metadata import SmileMetadata
 from .safetensors_source import check_tensors, flatten_tensor
+from .schema import read_json
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, METADATA_FILE = "config.json", "smile.json"
+REPLACED = "was replaced while it was loaded: load it again"
 METHOD = "smile"
 # On disk; transformers prints it where this package was not imported. It is compared as a whole: never change it
 STORED_METHOD = "smile: pip install fusion-bench-smile, and import fusion_bench_smile before from_pretrained"
@@ -46,7 +53,7 @@ class SmileQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(self, metadata: SmileMetadata | None = None, **values: Any) -> None:
         self.quant_method = Method.SMILE  # type: ignore[assignment]
-        self.metadata = SmileMetadata.from_dict(values) if metadata is None else metadata
+        self.metadata = SmileMetadata.from_dict(values) if metadata is None else metadata  # it checks all values
         self.flat_weights: list[str] = values.get(FLAT_WEIGHTS, [])  # of the checkpoint that is loaded
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,16 +67,24 @@ class SmileQuantizer(HfQuantizer):
     quantization_config: SmileQuantizationConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        prepare_model(model, metadata_of(model))
-        self.shapes: dict[str, torch.Size] = {}  # of the weights that are stored in one dimension
-        for name in self.quantization_config.flat_weights:
-            layer = _layer(model, name)
-            weight = cast(torch.Tensor, layer.weight)
-            self.shapes[name] = weight.shape
-            layer.weight = nn.Parameter(weight.detach().flatten(), weight.requires_grad)
         folder = Path(getattr(model.config, "_name_or_path", "") or "")
-        if folder.is_dir():
-            check_tensors(folder, stored_shapes(model))
+        self.folder = folder if folder.is_dir() else None  # None for a name on a hub
+        self.version = folder_version(self.folder)
+        if self.folder is not None and not metadata_of(model).describes_same_weights(read_metadata(self.folder)[0]):
+            raise CheckpointError(f"{folder} {REPLACED}")
+        self.shapes: dict[str, torch.Size] = {}  # of the weights that are stored in one dimension
+        prepare_model(model, metadata_of(model), lambda: self._check_files(model))
+        for name in self.shapes:
+            weight = cast(torch.Tensor, _layer(model, name).weight)
+            _layer(model, name).weight = nn.Parameter(weight.detach().flatten(), weight.requires_grad)
+
+    def _check_files(self, model: PreTrainedModel) -> None:
+        """Compare the files with the shapes of the model, whose expert tensors have no memory yet."""
+        flat = self.quantization_config.flat_weights
+        self.shapes = {name: cast(torch.Tensor, _layer(model, name).weight).shape for name in flat}
+        stored = {f"{name}.weight": (shape.numel(),) for name, shape in self.shapes.items()}
+        if self.folder is not None:
+            check_tensors(self.folder, {**stored_shapes(model), **stored})
 
     def update_missing_keys(self, model: PreTrainedModel, missing_keys: list[str], prefix: str) -> list[str]:
         """Raise a CheckpointError for missing tensors, which transformers would initialise at random."""
@@ -79,6 +94,8 @@ class SmileQuantizer(HfQuantizer):
         return missing_keys
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if folder_version(self.folder) != self.version:  # its tensors may be of two models
+            raise CheckpointError(f"{self.folder} {REPLACED}")
         for name, shape in self.shapes.items():
             _restore_shape(model.get_submodule(name), shape)
         self.quantization_config.flat_weights = []
@@ -104,17 +121,42 @@ AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = AUTO_QUANTIZATION_CONFIG_MAPPING[STOR
 AUTO_QUANTIZER_MAPPING[METHOD] = SmileQuantizer
 
 
-def prepare_model(model: nn.Module, metadata: SmileMetadata) -> None:
-    """Add routed layers, router and expert parameters, all zero, to a model; CheckpointError if it lacks a layer."""
-    split_in_place(model, [name for name in metadata.split_attention if _layer(model, name)])
+def prepare_model(model: nn.Module, metadata: SmileMetadata, check_files: Callable[[], None] = lambda: None) -> None:
+    """Add routed layers, router and expert parameters to a model, all zero.
+
+    `check_files` is called before memory is allocated for them. Raises CheckpointError if the model lacks a layer.
+    """
+    before = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with torch.device("meta"):
+        _add_layers(model, metadata)
+        _add_router(model, metadata)
+    check_files()
+    for module in model.modules() if device.type != "meta" else ():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta and id(parameter) not in before:
+                zeros = torch.zeros_like(parameter, device=device)
+                module._parameters[name] = nn.Parameter(zeros, parameter.requires_grad)
+
+
+def _add_layers(model: nn.Module, metadata: SmileMetadata) -> None:
+    attention = [name for name in metadata.split_attention if _layer(model, name)]
+    if other := [name for name in attention if name not in splittable(model)]:
+        raise CheckpointError(f"{other[0]} of {type(model).__name__} is no attention that can be split")
+    split_in_place(model, attention)
     layers = {name: _layer(model, name) for name in metadata.layouts}
+    if other := [name for name, layer in layers.items() if plain_type_of(layer) is None]:
+        raise CheckpointError(f"{other[0]} of {type(model).__name__} is no layer that can be upscaled")
     if read := read_layers(model, layers):
         raise CheckpointError(f"{type(model).__name__} reads the weight of {read[0]} here without calling the layer")
     routed: dict[nn.Module, nn.Module] = {}
     for name, layout in metadata.layouts.items():
         plain = layers[name]
-        routed[plain] = routed_type_of(plain).from_layer(plain, layout, metadata.config)
+        routed[plain] = routed_type_of(plain).from_layer(plain, layout, metadata.config, device="meta")
     replace_modules(model, routed)
+
+
+def _add_router(model: nn.Module, metadata: SmileMetadata) -> None:
     if metadata.config.routing_scope == "token":
         return
     num_experts, router = len(metadata.experts), InputRouter(metadata.config, metadata.experts)
@@ -123,10 +165,13 @@ def prepare_model(model: nn.Module, metadata: SmileMetadata) -> None:
     if metadata.prototypes is not None:
         router.prototypes = Prototypes(num_experts, *metadata.prototypes)
     attach_router(model, router)
+    possible = expert_parameter_names(model, metadata.config.expert_parameters, remove_duplicate=False)
     zeros: dict[str, dict[str, torch.Tensor]] = {}
     for name, parameters in metadata.expert_parameters.items():
+        if other := [parameter for parameter in parameters if f"{name}.{parameter}" not in possible]:
+            raise CheckpointError(f"{name}.{other[0]} of {type(model).__name__} is no parameter that experts differ in")
         values = {parameter: getattr(model.get_submodule(name), parameter) for parameter in parameters}
-        zeros[name] = {parameter: value.new_zeros(num_experts, *value.shape) for parameter, value in values.items()}
+        zeros[name] = {key: value.new_zeros(num_experts, *value.shape, device="meta") for key, value in values.items()}
     attach_expert_parameters(model, router, zeros)
 
 
@@ -140,7 +185,7 @@ def _layer(model: nn.Module, name: str) -> nn.Module:
 
 
 def mark_checkpoint(folder: Path, metadata: SmileMetadata, tied: Container[str]) -> None:
-    """Make loaders that do not know SMILE refuse a complete checkpoint of a transformers model.
+    """Make loaders that do not know SMILE refuse a complete checkpoint of a transformers model, and write its digests.
 
     The weight of the first routed layer is stored in one dimension: other loaders raise an error for its shape. Only
     the header of a file is written. Weights in `tied` are stored for other layers too, and keep their shape.
@@ -150,6 +195,45 @@ def mark_checkpoint(folder: Path, metadata: SmileMetadata, tied: Container[str])
     config = json.loads((folder / CONFIG_FILE).read_text())
     config["quantization_config"] |= {"quant_method": STORED_METHOD, FLAT_WEIGHTS: flat}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    write_digests(folder, config["quantization_config"])
+
+
+def read_section(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The SMILE section of a folder, and the transformers config around it (None for other modules).
+
+    Raises CheckpointError if there is none, or it cannot be read.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; a SMILE checkpoint is one")
+    file = next((folder / name for name in (METADATA_FILE, CONFIG_FILE) if (folder / name).exists()), None)
+    if file is None:
+        problem = f"{folder} holds neither {CONFIG_FILE} nor {METADATA_FILE}"
+        raise CheckpointError(f"{problem}: it is not a complete SMILE checkpoint")
+    values = read_json(file)
+    config = values if file.name == CONFIG_FILE else None
+    section = values if config is None else values.get("quantization_config")
+    if not isinstance(section, dict) or not is_smile(section):
+        raise CheckpointError(f"{file} has no SMILE section: this is a checkpoint of another model")
+    return section, config
+
+
+def read_metadata(folder: Path) -> tuple[SmileMetadata, dict[str, Any] | None]:
+    """Metadata and transformers config (None for other modules) of a folder; raises as `read_section`."""
+    section, config = read_section(folder)
+    return SmileMetadata.from_dict(section, str(folder)), config
+
+
+def folder_version(folder: Path | None) -> frozenset[tuple[str, int, int, int]]:
+    """What identifies the files in a folder without reading them: names, inodes, sizes, times of change.
+
+    Checkpoints are replaced as a whole and never changed in place, so that all files that were read between two equal
+    versions belong to one checkpoint.
+    """
+    try:
+        entries = [(entry.name, entry.stat()) for entry in os.scandir(folder)] if folder is not None else []
+    except OSError:  # it is replaced at this moment, or was deleted
+        return frozenset()
+    return frozenset((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in entries)
 
 
 def _restore_shape(layer: nn.Module, shape: torch.Size) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 DENSE = -1
 
@@ -55,11 +54,6 @@ class ExpertLayout:
     def rows(self) -> dict[str, tuple[int, ...]]:
         """Tensor name → the number of rows of each expert in it."""
         return {"gate": self.gate_ranks, "down": self.down_ranks, "up": self.low_ranks, "dense": self.dense_ranks}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ExpertLayout:
-        """Build a layout from JSON values, where tuples are lists."""
-        return cls(tuple(values["ranks"]), tuple(values["gate_ranks"]), values["shared_router"], values["expert_bias"])
 
 
 def is_uniform(sizes: Sequence[int]) -> bool:

@@ -33,13 +33,13 @@ def evaluate_in_batches(
     Returns:
         The results of all processes, in the order of the examples' indices. Every process gets all of them.
     """
-    partition = WorkPartition(single_process=False)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    own_batches = batches[partition.rank :: partition.size]
     results: dict[int, Result] = {}
-    for indices in tqdm(own_batches[:1] if fast_dev_run else own_batches, desc=f"Evaluating {task}", leave=False):
-        results |= dict(zip(indices, evaluate(indices), strict=True))
-    gathered = {index: result for part in partition.all_gather(results) for index, result in part.items()}
+    with WorkPartition(single_process=False) as partition:
+        own_batches = batches[partition.rank :: partition.size]
+        for indices in tqdm(own_batches[:1] if fast_dev_run else own_batches, desc=f"Evaluating {task}", leave=False):
+            results |= dict(zip(indices, evaluate(indices), strict=True))
+        gathered = {index: result for part in partition.all_gather(results) for index, result in part.items()}
     return [gathered[index] for index in sorted(gathered)]
 
 
