@@ -152,9 +152,8 @@ def load_lora_config(folder: Path) -> LoraConfig:
         )
     for option in UNSUPPORTED:
         if settings.get(option):
-            raise PlanError(
-                f"{folder}: {option}={shortened(repr(settings[option]))} of a LoRA adapter can't be read; merge it first"
-            )
+            problem = f"{option}={shortened(repr(settings[option]))} of a LoRA adapter can't be read"
+            raise PlanError(f"{folder}: {problem}; merge it first")
     init = str(settings.get("init_lora_weights", True)).lower()
     if init.startswith(UNSUPPORTED_INITS):
         raise PlanError(
