@@ -79,14 +79,12 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
             with self.profile("load upscaled model"):
                 of_transformers = (Path(self.model_path) / "config.json").exists()  # others are loaded into a model
                 return load(self.model_path, None if of_transformers else load_model(pool, PRETRAINED))
-        # an error in one process, also while it loads models, ends the others
+        # an error in one process, also while it loads or saves a model, ends the others
         with construction.WorkPartition(single_process=self._fabric_instance is None):
             model = self._upscale(pool)
-        if model is not None and self.model_path is not None:
-            with self.profile("save upscaled model"):
-                save(model, self.model_path)
-            if self._fabric_instance is not None:
-                self.fabric.barrier()
+            if model is not None and self.model_path is not None:
+                with self.profile("save upscaled model"):
+                    save(model, self.model_path)
         if process_rank() == 0:
             log.info("%s", self.profiler.summary())
         return model

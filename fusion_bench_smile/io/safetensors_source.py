@@ -70,7 +70,10 @@ class SafetensorsSource(Source):
         with self._lock:
             if self._open is None or self._open[0] != file or self._mapped_bytes > MAX_MAPPED_BYTES:
                 self._open, self._mapped_bytes = (file, open_safetensors(file)), 0
-            tensor = self._open[1].get_tensor(stored_name)
+            try:
+                tensor = self._open[1].get_tensor(stored_name)
+            except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
+                raise PlanError(f"{file}: {name} can't be read: {shortened(error)}; it is corrupt") from None
             self._mapped_bytes += tensor.nbytes
         return tensor.to(self._dtypes.get(name, tensor.dtype))
 

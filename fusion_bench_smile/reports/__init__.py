@@ -3,6 +3,7 @@
 from ..io import markdown_table
 from .labels import label_of
 from .plotting import STYLES, grouped_bars, heatmap, panels, render_figure, save_figure
+from .program_report import PROGRAM_REPORT_FILE, read_program_report
 from .report import (
     REPORT_FILE,
     Environment,
@@ -21,7 +22,8 @@ from .report import (
 from .resources import ResourceMeter, environment, git_revision
 
 __all__ = [
-    "REPORT_FILE", "STYLES", "Environment", "LayerRouting", "ReportError", "ResourceMeter", "Routing", "RunReport",
-    "Stage", "TaskResult", "UnusedChange", "average_of", "environment", "fingerprint", "git_revision", "grouped_bars",
-    "heatmap", "label_of", "markdown_table", "panels", "render_figure", "retention_of", "save_figure", "task_results",
+    "PROGRAM_REPORT_FILE", "REPORT_FILE", "STYLES", "Environment", "LayerRouting", "ReportError", "ResourceMeter",
+    "Routing", "RunReport", "Stage", "TaskResult", "UnusedChange", "average_of", "environment", "fingerprint",
+    "git_revision", "grouped_bars", "heatmap", "label_of", "markdown_table", "panels", "read_program_report",
+    "render_figure", "retention_of", "save_figure", "task_results",
 ]  # fmt: skip
