@@ -172,6 +172,6 @@ def _log_summary(plan: Plan, factorizer: Factorizer, provenance: Provenance, sec
     shares = torch.tensor([share for layer in provenance.energy.values() for share in layer])
     if len(shares):
         log.info("energy ‖ΔW‖² kept by the ranks: min %.4f, median %.4f", shares.min(), shares.median())
-    if factorizer.cache is not None:
+    if factorizer.cache is not None and factorizer.cache.hits + factorizer.cache.misses:  # LoRA experts need none
         log.info("factor cache: %d hits, %d misses", factorizer.cache.hits, factorizer.cache.misses)
     warn_of_unused_changes(provenance)

@@ -25,6 +25,7 @@ from .jobs import process_rank
 from .model_pools import PRETRAINED, calibration_inputs, expert_source, load_model
 
 log = logging.getLogger(__name__)
+LIBRARY = __name__.partition(".")[0]
 
 CONFIG_OPTIONS = [field.name for field in fields(SmileConfig)]
 RUN_OPTIONS = ["model_path", "factor_cache", "dry_run", "calibration"]
@@ -71,6 +72,8 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
             SmileError: for models that can't be upscaled, loaded or saved; see `upscale`, `load` and `save`.
         """
         pool = _as_pool(modelpool)
+        if process_rank() != 0:  # the others would say the same
+            logging.getLogger(LIBRARY).setLevel(logging.WARNING)
         if type(pool).save_model is BaseModelPool.save_model:  # it pickles tensors; ``merged_model_save_path`` calls it
             pool.save_model = lambda model, path, *_, **__: save(model, path)  # type: ignore[method-assign]
         self._check_output_folders()
@@ -85,8 +88,6 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
             if model is not None and self.model_path is not None:
                 with self.profile("save upscaled model"):
                     save(model, self.model_path)
-        if process_rank() == 0:
-            log.info("%s", self.profiler.summary())
         return model
 
     def _check_output_folders(self) -> None:

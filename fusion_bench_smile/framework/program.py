@@ -16,6 +16,7 @@ from fusion_bench.modelpool.base_pool import BaseModelPool
 from fusion_bench.programs.fabric_fusion_program import FabricModelFusionProgram
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 from torch import nn
 
 from .. import reports
@@ -24,7 +25,9 @@ from ..io import metadata_of, write_atomically
 from ..nn import count_bytes, count_parameters, routing_statistics
 from ..reports import REPORT_FILE, LayerRouting, ResourceMeter, RunReport, TaskResult, average_of
 from .jobs import command_of_job, needs_subprocess, process_rank, report_in
+from .lm_eval import evaluate_with_lm_eval, is_lm_eval
 from .model_pools import PRETRAINED, load_model
+from .run_summary import print_summary
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +118,10 @@ class ReportingFusionProgram(FabricModelFusionProgram):
             report: Any = self._evaluate_individual(merged_model)
         else:
             with self._routing_recorded(merged_model):
-                report = super().evaluate_merged_model(taskpool, merged_model, *args, **kwargs)
+                if is_lm_eval(taskpool) and isinstance(merged_model, nn.Module):
+                    report = evaluate_with_lm_eval(taskpool, merged_model, self.folder)
+                else:
+                    report = super().evaluate_merged_model(taskpool, merged_model, *args, **kwargs)
         self.measurements["evaluation"] = meter.stop()
         return report
 
@@ -141,7 +147,8 @@ class ReportingFusionProgram(FabricModelFusionProgram):
                 file = Path(report_save_path.format(log_dir=folder))
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, json.dumps(result["report"], default=str))
-            log.info("report: %s", report.write(folder))
+            individual = report.tasks if report.kind == "individual" else self._individual_tasks()
+            print_summary(report, report.write(folder), individual, Console())
         return {**result, "run_report": report}
 
     @contextmanager
