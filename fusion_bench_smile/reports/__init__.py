@@ -2,7 +2,7 @@
 
 from ..io import markdown_table
 from .labels import label_of
-from .plotting import STYLES, grouped_bars, heatmap, panels, render_figure, save_figure
+from .plotting import STYLES, figure_text, grouped_bars, heatmap, panels, render_figure, save_figure
 from .program_report import PROGRAM_REPORT_FILE, read_program_report
 from .report import (
     REPORT_FILE,
@@ -23,7 +23,7 @@ from .resources import ResourceMeter, environment, git_revision
 
 __all__ = [
     "PROGRAM_REPORT_FILE", "REPORT_FILE", "STYLES", "Environment", "LayerRouting", "ReportError", "ResourceMeter",
-    "Routing", "RunReport", "Stage", "TaskResult", "UnusedChange", "average_of", "environment", "fingerprint",
-    "git_revision", "grouped_bars", "heatmap", "label_of", "markdown_table", "panels", "read_program_report",
+    "Routing", "RunReport", "Stage", "TaskResult", "UnusedChange", "average_of", "environment", "figure_text",
+    "fingerprint", "git_revision", "grouped_bars", "heatmap", "label_of", "markdown_table", "panels", "read_program_report",
     "render_figure", "retention_of", "save_figure", "task_results",
 ]  # fmt: skip
