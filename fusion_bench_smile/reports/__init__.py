@@ -24,6 +24,6 @@ from .resources import ResourceMeter, environment, git_revision
 __all__ = [
     "PROGRAM_REPORT_FILE", "REPORT_FILE", "STYLES", "Environment", "LayerRouting", "ReportError", "ResourceMeter",
     "Routing", "RunReport", "Stage", "TaskResult", "UnusedChange", "average_of", "environment", "figure_text",
-    "fingerprint", "git_revision", "grouped_bars", "heatmap", "label_of", "markdown_table", "panels", "read_program_report",
-    "render_figure", "retention_of", "save_figure", "task_results",
+    "fingerprint", "git_revision", "grouped_bars", "heatmap", "label_of", "markdown_table", "panels",
+    "read_program_report", "render_figure", "retention_of", "save_figure", "task_results",
 ]  # fmt: skip
