@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -136,3 +138,22 @@ def framework_size(layer: LayerPlan) -> int:
     if layer.k == DENSE:
         return layer.in_features * layer.out_features
     return layer.k * (layer.in_features + layer.out_features)
+
+
+TITLES = {
+    "CLIP-ViT-B/32": "clip_vit_b32_ta8", "CLIP-ViT-L/14": "clip_vit_l14_ta8",
+    "Flan-T5-base, full": "flan_t5_base_glue_full", "Flan-T5-base, LoRA": "flan_t5_base_glue_lora16",
+}  # fmt: skip
+
+
+def test_the_docs_quote_the_published_rows():
+    text = (Path(__file__).parents[2] / "docs" / "leaderboards.md").read_text()
+    rows = re.findall(r"^\| ([\w/, -]*)\| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+)× \|$", text, re.MULTILINE)
+    assert len(rows) == 6
+    title = ""
+    for cell, gate_k, k, retention, parameters in rows:
+        title = cell.strip() or title
+        published = load(TITLES[title])
+        row = published.smile.loc[f"SMILE (gate_k={gate_k}, k={k})"]
+        individual = published.table.at[published.individual, "average"]
+        assert (f"{100 * row['average'] / individual:.1f}", f"{row['parameters']:.2f}") == (retention, parameters)
