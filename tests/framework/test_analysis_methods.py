@@ -23,8 +23,13 @@ PICTURES = {
     "cost": ["cost"],
 }
 POOLS = ("modelpool=SmileEmbedded/gentle", "taskpool=SmileEmbedded/test")
-TASKS = ALL_TASKS[:3]
-OTHERS = [f"~{place}.{task}" for task in ALL_TASKS[3:] for place in ("modelpool.models", "taskpool.test_datasets")]
+TASKS = ("digits", "textures", "planets")
+OTHERS = [
+    f"~{place}.{task}"
+    for task in ALL_TASKS
+    if task not in TASKS
+    for place in ("modelpool.models", "taskpool.test_datasets")
+]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import json
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_reports import report
 
@@ -105,6 +105,7 @@ def test_tasks_of_the_frameworks_reports():
 scores = st.dictionaries(st.text(min_size=1), st.floats(1, 100), min_size=1)
 
 
+@settings(max_examples=30, deadline=None)
 @given(scores)
 def test_average_and_retention(values):
     tasks = {name: TaskResult(metric="accuracy", score=value) for name, value in values.items()}
