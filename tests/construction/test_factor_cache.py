@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import start_code
 from conftest import clip_inputs, clip_tower, experts_of, output
 from safetensors.torch import save_file
 
@@ -135,8 +135,7 @@ def test_the_cache_deletes_the_least_recently_used_entries_above_its_bound(tmp_p
 
 def run(code: str, *arguments: str) -> subprocess.Popen:
     script = "import sys; sys.path[:0] = sys.argv[1:3]\n" + textwrap.dedent(code)
-    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(TESTS), *arguments]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return start_code(script, str(Path(__file__).parent), str(TESTS), *arguments)
 
 
 SLOW = """

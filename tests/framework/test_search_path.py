@@ -6,9 +6,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import fusion_bench.constants.paths  # marks the application as the framework's
+import fusion_bench.constants.paths  # noqa: F401  # marks the application as the framework's
 import pytest
-from command_line import REPOSITORY, fusion_bench
+from command_line import REPOSITORY, fusion_bench_without
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -97,10 +97,9 @@ def test_the_resolvers_name_folders():
 @pytest.mark.cli
 @pytest.mark.parametrize("mode", [[], ["-m"]], ids=["run", "sweep"])
 def test_without_the_zoo_the_command_ends_in_one_line(mode, tmp_path):
-    hidden = "import sys; sys.modules.update({'smile_zoo': None, 'hydra_plugins.smile_zoo_searchpath': None})"
-    (tmp_path / "sitecustomize.py").write_text(hidden)
     arguments = ["+experiment=smile_embedded/gentle", "+smile_row=smile"]
-    completed = fusion_bench(*mode, *arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    zoo = ["smile_zoo", "hydra_plugins.smile_zoo_searchpath"]
+    completed = fusion_bench_without(zoo, *mode, *arguments, cwd=tmp_path)
     assert completed.returncode == 1
     assert completed.stderr.splitlines() == [arguments[0] + MESSAGE]
 
