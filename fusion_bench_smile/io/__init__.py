@@ -15,6 +15,7 @@ from .metadata import ExpertChange, Provenance, SmileMetadata
 from .safetensors_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_FILE, WEIGHTS_FILE, SafetensorsSource
 from .sources import (
     ExpertSource,
+    ResizedSource,
     Source,
     StateDictSource,
     lazy_source,
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "INDEX_FILE", "WEIGHTS_FILE", "AdapterSource", "ExpertChange", "ExpertSource",
-    "Provenance", "SafetensorsSource", "SmileMetadata", "Source", "StateDictSource", "check_writable_folder",
-    "export_adapters", "is_checkpoint", "lazy_source", "load", "markdown_table", "metadata_of", "open_source",
-    "remove_leftovers", "replace_file_atomically", "replace_folder_atomically", "save", "stored_names",
+    "Provenance", "ResizedSource", "SafetensorsSource", "SmileMetadata", "Source", "StateDictSource",
+    "check_writable_folder", "export_adapters", "is_checkpoint", "lazy_source", "load", "markdown_table", "metadata_of",
+    "open_source", "remove_leftovers", "replace_file_atomically", "replace_folder_atomically", "save", "stored_names",
     "tensor_digest", "tied_names", "verify_checkpoint", "write_atomically",
 ]  # fmt: skip
 LAZY = {"AdapterSource": "adapter_source", "export_adapters": "peft_export", "markdown_table": "tables"}
