@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..exceptions import CheckpointError, PlanError
 from .names import shortened
-from .safetensors_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SafetensorsSource
 from .schema import read_json
 from .sources import Shapes, Source
+from .weight_files import ADAPTER_CONFIG, open_adapter_weights
 
 Number = TypeVar("Number", int, float)
 MAX_SECONDS = 1.0  # to match one pattern
@@ -42,7 +42,7 @@ class AdapterSource(Source):
         self._pretrained, folder = pretrained, Path(folder)
         config = load_lora_config(folder)
         self._settings = (folder / ADAPTER_CONFIG).read_text()
-        self._tensors = SafetensorsSource(folder / ADAPTER_WEIGHTS)
+        self._tensors = open_adapter_weights(folder)
         self._replaced: dict[str, str] = {}  # name in the model → key of a tensor stored whole
         self._factors: dict[str, tuple[str, str, float]] = {}  # name in the model → keys of B and A, scaling
         shapes = self._tensors.shapes()

@@ -170,26 +170,31 @@ ExpertSource = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str] | Sourc
 
 
 def open_source(expert: Any, pretrained: Source, aliases: Mapping[str, tuple[str, ...]] | None = None) -> Source | None:
-    """The source of a module, state dict, folder or safetensors file; None for what has to be loaded first.
+    """The source of a module, state dict, folder, weight file or name on the hub; None for what is to be loaded first.
 
-    A source is returned as it is. A folder holds a model or a PEFT adapter. For `aliases` see `stored_names`: tensors
-    get the names of the pretrained model. Raises PlanError if a folder or file cannot be read.
+    A source is returned as it is. A folder holds a model or a PEFT adapter, and a name on the hub is downloaded. For
+    `aliases` see `stored_names`: tensors get the names of the pretrained model. Raises PlanError if a folder or file
+    cannot be read.
     """
     source = _open(expert, pretrained, aliases)
     return source and with_names_of(pretrained.shapes(), source, aliases or {})
 
 
 def _open(expert: Any, pretrained: Source, aliases: Mapping[str, tuple[str, ...]] | None) -> Source | None:
-    from .safetensors_source import ADAPTER_CONFIG, SafetensorsSource  # it builds on this module
+    from .weight_files import ADAPTER_CONFIG, open_weights  # it builds on this module
 
     if isinstance(expert, (nn.Module, Mapping)):
         return StateDictSource(expert.state_dict() if isinstance(expert, nn.Module) else expert)
     if isinstance(expert, (str, os.PathLike)):
+        if isinstance(expert, str):
+            from .hub import local_path
+
+            expert = local_path(expert)
         if (Path(expert) / ADAPTER_CONFIG).exists():
             from .adapter_source import AdapterSource  # PEFT takes seconds to import
 
             return AdapterSource(expert, pretrained)
-        return SafetensorsSource(expert, like=pretrained.shapes(), aliases=aliases)
+        return open_weights(expert, like=pretrained.shapes(), aliases=aliases)
     return expert if hasattr(expert, "read") and hasattr(expert, "shapes") else None
 
 
