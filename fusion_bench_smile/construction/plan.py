@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -78,6 +78,7 @@ class Plan:
     other_tensors: tuple[str, ...]  # names of those that belong to no upscaled layer, also not by being tied to one
     tied_tensors: dict[str, str]  # name under which another module holds a tensor of an upscaled layer → that layer
     recurrent_tensors: frozenset[str]  # names of those of recurrent layers
+    block_tensors: frozenset[str]  # names of those inside lists of modules, which an expert must have in the same shape
     kept_layers: tuple[str, ...]  # the linear layers that stay as pretrained
     parameters: int  # the number of parameters of the pretrained model
 
@@ -166,8 +167,8 @@ def make_plan(pretrained: nn.Module, num_experts: int, config: SmileConfig) -> P
     outside = _names_outside(pretrained, list(selected))
     tied = {name: inside[id(tensor)] for name, tensor in tensors.items() if id(tensor) in inside and name in outside}
     kept = tuple(name for name in candidates if name not in selected)
-    recurrent = _recurrent_tensors(pretrained)
-    return Plan(layers, num_experts, shapes, others, tied, recurrent, kept, count_parameters(pretrained))
+    recurrent, blocks = _recurrent_tensors(pretrained), _block_tensors(pretrained)
+    return Plan(layers, num_experts, shapes, others, tied, recurrent, blocks, kept, count_parameters(pretrained))
 
 
 def estimate_seconds(plan: Plan, factor: Callable[[Tensor, int], tuple[Tensor, ...]], workers: int) -> float:
@@ -181,15 +182,31 @@ def estimate_seconds(plan: Plan, factor: Callable[[Tensor, int], tuple[Tensor, .
     return plan.num_experts * sum(seconds.get(shape, 0.0) for shape in shapes)
 
 
-def check_expert(plan: Plan, name: str, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise PlanError, which names the difference, unless an expert has exactly the pretrained model's tensors."""
+def resizable_tensors(plan: Plan, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """The tensors of an expert that differ from the pretrained model's in their number of rows alone.
+
+    These are embeddings and heads of another vocabulary, or of other classes. A tensor inside a list of modules, such
+    as the blocks of a transformer, is none of them.
+    """
+    pairs = {name: (tuple(shapes[name]), tuple(shape)) for name, shape in plan.tensors.items() if name in shapes}
+    differ = {name: pair for name, pair in pairs.items() if pair[0][:1] != pair[1][:1] and pair[0][1:] == pair[1][1:]}
+    return [name for name, (own, other) in differ.items() if own and other and name not in plan.block_tensors]
+
+
+def check_expert(
+    plan: Plan, name: str, shapes: Mapping[str, Sequence[int]], resized: Collection[str] = ()
+) -> None:  # fmt: skip
+    """Raise PlanError, which names the difference, unless an expert has exactly the pretrained model's tensors.
+
+    The shapes of `resized` tensors may differ.
+    """
     missing = [key for key in plan.tensors if key not in shapes]
     extra = [key for key in shapes if key not in plan.tensors]
     parts = [f"{len(missing)} tensors missing (first: {missing[0]})"] if missing else []
     parts += [f"{len(extra)} additional tensors (first: {extra[0]})"] if extra else []
     problem = f" has another architecture than the pretrained model: {', '.join(parts)}" if parts else ""
     for key, shape in plan.tensors.items():
-        if not problem and tuple(shapes[key]) != tuple(shape):
+        if not problem and key not in resized and tuple(shapes[key]) != tuple(shape):
             problem = f": {key} has the shape {tuple(shapes[key])}, the pretrained model's {tuple(shape)}"
     if problem:
         raise PlanError(f"expert {name!r}{problem}; use experts that were fine-tuned from this pretrained model")
@@ -221,6 +238,12 @@ def _recurrent_tensors(model: nn.Module) -> frozenset[str]:
     modules = model.named_modules(remove_duplicate=False)
     recurrent = {name: module for name, module in modules if isinstance(module, (nn.RNNBase, nn.RNNCellBase))}
     return frozenset(f"{name}.{parameter}" for name, module in recurrent.items() for parameter in module._parameters)
+
+
+def _block_tensors(model: nn.Module) -> frozenset[str]:
+    modules = model.named_modules(remove_duplicate=False)
+    lists = tuple(f"{name}." for name, module in modules if isinstance(module, nn.ModuleList))
+    return frozenset(name for name in model.state_dict(keep_vars=True) if name.startswith(lists))
 
 
 def _plan_layer(name: str, layer: nn.Module, config: SmileConfig) -> LayerPlan:

@@ -22,7 +22,7 @@ from ..config import SmileConfig, check_keys
 from ..exceptions import PlanError
 from ..io import ExpertSource, check_writable_folder, is_checkpoint, load, metadata_of, save
 from .jobs import process_rank
-from .model_pools import PRETRAINED, calibration_inputs, expert_source, load_model
+from .model_pools import PRETRAINED, calibration_inputs, expert_source, is_adapter, load_model
 
 log = logging.getLogger(__name__)
 LIBRARY = __name__.partition(".")[0]
@@ -106,6 +106,8 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         with self.profile("load pretrained model"):
             pretrained = load_model(pool, PRETRAINED)
         experts = {name: expert_source(pool, name, pretrained) for name in pool.model_names}
+        if adapters := sum(map(is_adapter, experts.values())):
+            log.info("%d of %d experts are read as LoRA factors", adapters, len(experts))
         if self.dry_run:
             if process_rank() == 0:
                 self._print_plan(pretrained, experts)

@@ -11,10 +11,12 @@ from .atomic import (
     write_atomically,
 )
 from .checkpoint import is_checkpoint, load, save
+from .file_source import FileSource
 from .metadata import ExpertChange, Provenance, SmileMetadata
-from .safetensors_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_FILE, WEIGHTS_FILE, SafetensorsSource
+from .safetensors_source import SafetensorsSource
 from .sources import (
     ExpertSource,
+    ResizedSource,
     Source,
     StateDictSource,
     lazy_source,
@@ -25,20 +27,53 @@ from .sources import (
 )
 from .transformers_hook import metadata_of
 from .verification import verify_checkpoint
+from .weight_files import ADAPTER_CONFIG, MODEL_FILES, open_weights
 
 if TYPE_CHECKING:
     from .adapter_source import AdapterSource
+    from .hub import existing_path, hub_folder, local_path
     from .peft_export import export_adapters
     from .tables import markdown_table
 
 __all__ = [
-    "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "INDEX_FILE", "WEIGHTS_FILE", "AdapterSource", "ExpertChange", "ExpertSource",
-    "Provenance", "SafetensorsSource", "SmileMetadata", "Source", "StateDictSource", "check_writable_folder",
-    "export_adapters", "is_checkpoint", "lazy_source", "load", "markdown_table", "metadata_of", "open_source",
-    "remove_leftovers", "replace_file_atomically", "replace_folder_atomically", "save", "stored_names",
-    "tensor_digest", "tied_names", "verify_checkpoint", "write_atomically",
+    "ADAPTER_CONFIG",
+    "MODEL_FILES",
+    "AdapterSource",
+    "ExpertChange",
+    "ExpertSource",
+    "FileSource",
+    "Provenance",
+    "ResizedSource",
+    "SafetensorsSource",
+    "SmileMetadata",
+    "Source",
+    "StateDictSource",
+    "check_writable_folder",
+    "existing_path",
+    "export_adapters",
+    "hub_folder",
+    "is_checkpoint",
+    "lazy_source",
+    "load",
+    "local_path",
+    "markdown_table",
+    "metadata_of",
+    "open_source",
+    "open_weights",
+    "remove_leftovers",
+    "replace_file_atomically",
+    "replace_folder_atomically",
+    "save",
+    "stored_names",
+    "tensor_digest",
+    "tied_names",
+    "verify_checkpoint",
+    "write_atomically",
 ]  # fmt: skip
-LAZY = {"AdapterSource": "adapter_source", "export_adapters": "peft_export", "markdown_table": "tables"}
+LAZY = {
+    "AdapterSource": "adapter_source", "existing_path": "hub", "export_adapters": "peft_export", "hub_folder": "hub",
+    "local_path": "hub", "markdown_table": "tables",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
