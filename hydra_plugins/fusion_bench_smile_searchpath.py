@@ -112,7 +112,7 @@ def _methods(argument: str, folders: Sequence[Path]) -> Iterator[str]:
 
 def _methods_of_file(file: Path, folders: Sequence[Path]) -> Iterator[str]:
     """The configurations of methods in the defaults of a row or an experiment."""
-    for default in OmegaConf.load(file).get("defaults") or ():
+    for default in OmegaConf.select(OmegaConf.load(file), "defaults") or ():
         if isinstance(default, str) and default != "_self_":
             base = file.parent / f"{default}.yaml"
             yield from _methods_of_file(base, folders) if base.exists() else ()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -141,7 +141,7 @@ def _from_pretrained(folder: Path, config: dict[str, Any]) -> PreTrainedModel:
 
 def _check_sizes(folder: Path, model_class: type[PreTrainedModel], stored: Shapes) -> None:
     """Raise CheckpointError for a config with other sizes than the files, before memory is allocated for them."""
-    config = model_class.config_class.from_pretrained(folder)
+    config = cast(Any, model_class.config_class).from_pretrained(folder)
     flat = getattr(config, "quantization_config", {}).get(FLAT_WEIGHTS, [])
     with torch.device("meta"):
         model = model_class._from_config(config)

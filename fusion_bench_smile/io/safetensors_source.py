@@ -10,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..exceptions import CheckpointError, PlanError
+from ..nn import ROUTER_NAME
+from ..nn.routed import EXPERT_TENSORS
 from .file_source import FileSource, TensorHeader
 from .names import shortened
 
@@ -59,7 +61,9 @@ def flatten_tensor(folder: Path, name: str) -> bool:
 def check_tensors(
     folder: Path, required: Mapping[str, tuple[int, ...]], aliases: Mapping[str, tuple[str, ...]] | None = None
 ) -> None:
-    """Raise a CheckpointError if files of a folder lack a tensor or have it in another shape. Only headers are read.
+    """Raise a CheckpointError if files of a folder lack a tensor, have it in another shape, or hold surplus experts.
+
+    Only headers are read.
 
     A tensor with `aliases` is stored once, under any of its names.
     """
@@ -74,6 +78,16 @@ def check_tensors(
     missing = [name for name in required if name not in shapes]
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} of {len(required)} tensors (first: {missing[0]})")
+    known = {*required, *(aliases or {})}
+    surplus = [name for name in stored if known and name not in known and _belongs_to_experts(name)]
+    if surplus:
+        problem = f"{folder} holds {len(surplus)} tensors of experts that its config does not describe"
+        raise CheckpointError(f"{problem} (first: {surplus[0]}); the file is damaged or was edited: build it again")
     for name, shape in required.items():
         if shapes[name] != shape:
             raise CheckpointError(f"{folder}: {name} has the shape {shapes[name]}, its config says {shape}")
+
+
+def _belongs_to_experts(name: str) -> bool:
+    """Whether the name is one of a routed layer's further tensors, or of the router's."""
+    return name.rpartition(".")[2] in EXPERT_TENSORS or ROUTER_NAME in name.split(".")

@@ -34,7 +34,7 @@ def read_program_report(folder: Path) -> RunReport:
         raise ReportError(f"the report of the framework's program can't be read: {reason}") from None
     if not all(isinstance(part, dict) for part in (values, config, hydra)):
         raise ReportError("the report of the framework's program can't be read: it holds no results of tasks")
-    return _report(values, dict(config), dict(hydra), written)  # type: ignore[arg-type]
+    return _report(values, dict(config), dict(hydra), written)
 
 
 def _report(
