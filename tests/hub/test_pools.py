@@ -69,7 +69,7 @@ def run_sweep(sweep: str, hub: Cache, *arguments: str) -> Path:
             "method.gate_k=4", "method.k=8", "method.model_path=${hydra:runtime.output_dir}/model",
             "hydra.sweep.subdir='${hydra:runtime.choices.modelpool}'", "fabric.accelerator=cpu", *arguments, cwd=folder,
         )  # fmt: skip
-        (folder / "output.txt").write_text(completed.stdout + completed.stderr)
+        (folder / "output.txt").write_text(completed.stdout + completed.stderr); Path(f"/tmp/dbg-{sweep}.txt").write_text(completed.stdout + completed.stderr)
 
     return run_once(hub.home / "-".join([sweep, *(a.partition("=")[2] for a in arguments)]), run)
 
