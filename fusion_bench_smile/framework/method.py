@@ -134,8 +134,9 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
             table.add_row(name, value)
         device = self.options.compute_device
         seconds = construction.estimate_seconds(
-            plan, lambda delta, rank: construction.truncated_svd(delta.to(device), rank), plan.num_workers(device)
-        )
+            plan, lambda delta, rank: construction.truncated_svd(delta.to(device), rank),
+            lambda b, a: construction.low_rank_svd(b.to(device), a.to(device)), plan.num_workers(device),
+        )  # fmt: skip
         table.add_row("time to factor, from files or memory", f"{seconds:.1f} s")
         Console().print(table)
 

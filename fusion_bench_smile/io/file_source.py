@@ -75,9 +75,8 @@ class FileSource(Source):
     def _get_tensor(self, handle: Any, name: str) -> Tensor:
         raise NotImplementedError
 
-    @property
-    def nbytes(self) -> int:
-        """The size of the files in bytes."""
+    def total_bytes(self) -> int:
+        """The size of all files."""
         return sum(file.stat().st_size for file in {file for file, _ in self._locations.values()})
 
     def shapes(self) -> Shapes:
