@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import construction
-from ..config import SmileConfig, check_keys
+from ..config import FRAMEWORK_NAMES, FRAMEWORK_ONLY, SmileConfig, check_keys, with_own_names
 from ..exceptions import PlanError
 from ..io import ExpertSource, check_writable_folder, is_checkpoint, load, metadata_of, save
 from .jobs import process_rank
@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 CONFIG_OPTIONS = [field.name for field in fields(SmileConfig)]
 RUN_OPTIONS = ["model_path", "factor_cache", "dry_run", "calibration"]
+OPTIONS = [*CONFIG_OPTIONS, *RUN_OPTIONS]
+FOREIGN_OPTIONS = {*FRAMEWORK_NAMES, *FRAMEWORK_ONLY}
+DEFAULTS: dict[str, Any] = {**SmileConfig().to_dict(), "model_path": None}
 
 
 class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
@@ -39,20 +42,25 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         factor_cache: folder of cached factors, which sweeps and restarted runs look up by the content of the weights.
         calibration: number of unlabelled inputs of each expert's training set for `calibrate`; zero-shot without.
         dry_run: print the plan and return None, which the framework neither saves nor evaluates.
-        options: the fields of `SmileConfig`, named as in the framework's own SMILE.
+        options: the fields of `SmileConfig`, named as in the framework's own SMILE, or in its methods for language
+            models; see `FRAMEWORK_NAMES`.
 
     Raises:
         ConfigError: for an unknown option or an invalid value.
     """
 
-    _config_mapping = BaseAlgorithm._config_mapping | {name: name for name in [*CONFIG_OPTIONS, *RUN_OPTIONS]}
+    _config_mapping = BaseAlgorithm._config_mapping | {name: name for name in OPTIONS}
 
     def __init__(
         self, *, model_path: str | None = None, factor_cache: str | None = None, calibration: int = 0,
         dry_run: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_keys(options, [*CONFIG_OPTIONS, *RUN_OPTIONS])
+        check_keys({name: v for name, v in options.items() if name not in FOREIGN_OPTIONS}, OPTIONS)
+        for name in FRAMEWORK_ONLY.keys() & {name for name, value in options.items() if value}:
+            log.warning("%s=%s has no effect: %s", name, options[name], FRAMEWORK_ONLY[name])
+        options = with_own_names({**options, "model_path": model_path}, DEFAULTS)
+        model_path = options.pop("model_path")
         plain = {name: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for name, v in options.items()}
         self.options = SmileConfig.from_dict(plain)
         construction.check_calibration(calibration, self.options)

@@ -146,3 +146,23 @@ def test_refusals():
         SmileUpscalingAlgorithm().run({"a": base})
     with pytest.raises(PlanError, match="no experts"):
         SmileUpscalingAlgorithm().run([base])
+
+
+def test_the_names_of_the_frameworks_methods_for_language_models(tmp_path, caplog):
+    """Those of `smile_mistral_upscaling` and `causal_lm_upscaling`; null in the configuration is no option."""
+    path = str(tmp_path / "model")
+    method = SmileUpscalingAlgorithm(
+        num_experts_per_tok=2, rank_of_router=3, rank_of_expert=-7, model_save_path=path, accelerator="cpu",
+        device="auto", gate_k=16, k=32, top_k=1, model_path=None, save_with_remote_code=True, model_type=None,
+        model_dtype=None,
+    )  # fmt: skip
+    options = method.options
+    assert (options.top_k, options.gate_k, options.k, method.model_path) == (2, 3, -1, path)
+    assert options.compute_device.type == "cpu"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("save_with_remote_code=True has no effect: checkpoints hold no code")
+    assert SmileUpscalingAlgorithm(rank_of_expert=8, k=8).options.k == 8
+    with pytest.raises(ConfigError, match="k=4 and rank_of_expert=8 are one option: give one of them"):
+        SmileUpscalingAlgorithm(rank_of_expert=8, k=4)
+    with pytest.raises(ConfigError, match="unknown option 'rank_of_experts'"):
+        SmileUpscalingAlgorithm(rank_of_experts=8)
