@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ from .model_pools import PRETRAINED, calibration_inputs, expert_source, is_adapt
 log = logging.getLogger(__name__)
 
 CONFIG_OPTIONS = [field.name for field in fields(SmileConfig)]
+# task pool → the input that it gives to a model
+NEEDED_INPUTS = {
+    "CLIPVisionModelTaskPool": "pixel_values", "GlueTextTaskPool": "input_ids",
+    "FlanT5GLUETextGenerationTaskPool": "input_ids",
+}  # fmt: skip
 RUN_OPTIONS = ["model_path", "factor_cache", "dry_run", "calibration"]
 OPTIONS = [*CONFIG_OPTIONS, *RUN_OPTIONS]
 FOREIGN_OPTIONS = {*FRAMEWORK_NAMES, *FRAMEWORK_ONLY}
@@ -114,6 +120,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
             raise PlanError(f"the model pool has no {PRETRAINED!r} model; it has: {', '.join(pool.all_model_names)}")
         with self.profile("load pretrained model"):
             pretrained = load_model(pool, PRETRAINED)
+        check_task_pool(getattr(self._program, "taskpool", None), pretrained)
         experts = {name: expert_source(pool, name, pretrained) for name in pool.model_names}
         if adapters := sum(map(is_adapter, experts.values())):
             log.info("%d of %d experts are read as LoRA factors", adapters, len(experts))
@@ -147,6 +154,19 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         )  # fmt: skip
         table.add_row("time to factor, from files or memory", f"{seconds:.1f} s")
         Console().print(table)
+
+
+def check_task_pool(taskpool: Any, model: nn.Module) -> None:
+    """Raise PlanError if a task pool has images, and a model takes none, or likewise texts."""
+    classes = [each.__name__ for each in type(taskpool).__mro__]
+    needed = next((NEEDED_INPUTS[name] for name in classes if name in NEEDED_INPUTS), None)
+    inputs = signature(model.forward).parameters.values()
+    if needed is not None and all(each.name != needed and each.kind != each.VAR_KEYWORD for each in inputs):
+        kind = "images" if needed == "pixel_values" else "texts"
+        raise PlanError(
+            f"the task pool {classes[0]} evaluates models of {kind}, and the model pool has a {type(model).__name__}: "
+            "choose a task pool for it"
+        )
 
 
 class _ProgressBar(ExitStack):

@@ -55,7 +55,12 @@ class IndividualModelsAlgorithm(BaseAlgorithm):
     """Returns the experts of a pool unchanged. `ReportingFusionProgram` evaluates each on the task of its name."""
 
     def run(self, modelpool: BaseModelPool) -> IndividualModels:
-        """The experts of `modelpool`; nothing is loaded yet."""
+        """The experts of `modelpool`; nothing is loaded yet. Raises PlanError in a program that can't evaluate them."""
+        if self._program is not None and not isinstance(self._program, ReportingFusionProgram):
+            raise PlanError(
+                "method=smile_individual evaluates each model on the task of its name, which the framework's program "
+                "can't do: add +experiment=smile_run"
+            )
         return IndividualModels(modelpool)
 
 

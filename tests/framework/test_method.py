@@ -6,11 +6,15 @@ import copy
 
 import pytest
 import torch
-from conftest import clip_inputs, clip_tower, experts_of, mlp, mlp_inputs, output
+from conftest import clip_inputs, clip_tower, experts_of, mlp, mlp_inputs, output, t5
+from fusion_bench.compat.taskpool.flan_t5_glue_text_generation import FlanT5GLUETextGenerationTaskPool
 from fusion_bench.modelpool import BaseModelPool
+from fusion_bench.taskpool import CLIPVisionModelTaskPool, DummyTaskPool
 from lightning import Fabric
 
 from fusion_bench_smile import ConfigError, PlanError, SmileUpscalingAlgorithm, calibrate, load, upscale
+from fusion_bench_smile.framework.method import check_task_pool
+from fusion_bench_smile.framework.task_pools import ExactCLIPVisionModelTaskPool
 from fusion_bench_smile.io import metadata_of
 
 
@@ -166,3 +170,32 @@ def test_the_names_of_the_frameworks_methods_for_language_models(tmp_path, caplo
         SmileUpscalingAlgorithm(rank_of_expert=8, k=4)
     with pytest.raises(ConfigError, match="unknown option 'rank_of_experts'"):
         SmileUpscalingAlgorithm(rank_of_experts=8)
+
+
+@pytest.mark.parametrize(
+    ("make", "taskpool", "message"),
+    [
+        (
+            t5,
+            CLIPVisionModelTaskPool,
+            "CLIPVisionModelTaskPool evaluates models of images, and the model pool has a T5For",
+        ),
+        (
+            clip_tower,
+            FlanT5GLUETextGenerationTaskPool,
+            "evaluates models of texts, and the model pool has a CLIPVision",
+        ),
+        (clip_tower, CLIPVisionModelTaskPool, None),
+        (lambda: clip_tower().vision_model, ExactCLIPVisionModelTaskPool, None),
+        (t5, FlanT5GLUETextGenerationTaskPool, None),
+        (mlp, DummyTaskPool, None),
+        (mlp, type(None), None),
+    ],
+)
+def test_a_task_pool_of_another_kind_is_refused_before_anything_is_built(make, taskpool, message):
+    empty = taskpool.__new__(taskpool)
+    if message is None:
+        check_task_pool(empty, make())
+        return
+    with pytest.raises(PlanError, match=message):
+        check_task_pool(empty, make())
