@@ -1,5 +1,6 @@
 """Factorization: from the tensors of the experts to their factors, by the shortest path."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -11,15 +12,17 @@ from torch import Tensor, nn
 
 from ..config import SmileConfig
 from ..exceptions import PlanError
-from ..io import ExpertSource, Source, StateDictSource, open_source, stored_names, tensor_digest
+from ..io import ExpertSource, ResizedSource, Source, StateDictSource, open_source, stored_names, tensor_digest
 from ..nn import DENSE
 from ..nn.expert_parameters import expert_parameter_names
 from .changes import TensorChanges, check_averages, read_changes, read_finite
 from .factor_cache import MIN_RANK, FactorCache, known_digest
 from .layer_factors import ExpertFactors, LayerFactors
 from .parallel import WorkPartition, completed, map_in_parallel
-from .plan import LayerPlan, Plan, check_expert, check_finite
+from .plan import LayerPlan, Plan, check_expert, check_finite, resizable_tensors
 from .svd import Factors, low_rank_svd, truncated_svd
+
+log = logging.getLogger(__name__)
 
 Aliases = Mapping[str, tuple[str, ...]]  # see `stored_names`
 ProgressCallback = Callable[[int, int], None]
@@ -229,7 +232,7 @@ def factorize_experts(
         if not (layers or averaged or names or (is_loaded and partition.size > 1)):
             continue
         if expert_source is None:
-            expert_source = _load_expert(plan, name, expert, source, aliases)
+            expert_source = load_expert(plan, name, expert, source, aliases)
             if partition.size > 1:  # all processes load it, and compare its weights
                 factorized.loaded_digests[name] = expert_source.digest()
         label, changes = f"expert {name!r}", factorized.changes.setdefault(name, TensorChanges())
@@ -262,17 +265,36 @@ def open_experts(
             opened[name] = open_source(expert, pretrained, aliases)
         except PlanError as error:
             raise PlanError(f"expert {name!r}: {error}") from None
-    for name, source in opened.items():
-        if source is not None:
-            check_expert(plan, name, source.shapes())
-    return opened
+    return {name: source and _fitted(plan, name, source, pretrained) for name, source in opened.items()}
 
 
-def _load_expert(plan: Plan, name: str, expert: ExpertSource, pretrained: Source, aliases: Aliases) -> Source:
+def load_expert(
+    plan: Plan, name: str, expert: ExpertSource, pretrained: Source, aliases: Aliases
+) -> Source:  # fmt: skip
+    """Call the function that an expert is, and open what it returns; see `open_experts`."""
     source = open_source(cast(Callable[[], Any], expert)(), pretrained, aliases)
     assert source is not None, f"the function for expert {name!r} returned no model"
-    check_expert(plan, name, source.shapes())
-    return source
+    return _fitted(plan, name, source, pretrained)
+
+
+def _fitted(plan: Plan, name: str, source: Source, pretrained: Source) -> Source:
+    """An expert with the pretrained model's shapes: its vocabulary may have another size, which is logged.
+
+    An upscaled layer of another size is left as pretrained. Raises PlanError for any other difference.
+    """
+    shapes = source.shapes()
+    resized = resizable_tensors(plan, shapes)
+    check_expert(plan, name, shapes, resized)
+    if not resized:
+        return source
+    upscaled = {f"{layer.name}.{parameter}" for layer in plan.layers for parameter in ("weight", "bias")}
+    sizes = [f"{key} ({shapes[key][0]} rows instead of {plan.tensors[key][0]})" for key in resized]
+    kept = [key for key in resized if key in upscaled]
+    log.warning(
+        "expert %r has tensors of another size: %s; the rows that both have are used%s",
+        name, ", ".join(sizes), f", and {', '.join(kept)} is left as pretrained" if kept else "",
+    )  # fmt: skip
+    return ResizedSource(source, pretrained, resized, upscaled)
 
 
 def _squared_norm(tensor: Tensor) -> float:

@@ -22,9 +22,10 @@ from ..io.atomic import replace_folder_atomically
 from ..io.checkpoint import architecture, copy_companions, is_companion
 from ..io.model_card import write_model_card
 from ..io.names import check_expert_names
-from ..io.safetensors_source import INDEX_FILE, SafetensorsSource
+from ..io.safetensors_source import INDEX_FILE
 from ..io.sources import with_names_of
 from ..io.transformers_hook import SmileQuantizationConfig, is_tied, mark_checkpoint
+from ..io.weight_files import open_weights
 from ..nn import ExpertLayout, store_tensors
 from ..nn.attention import split_names
 from .changes import (
@@ -104,7 +105,7 @@ class _Stream:
         self.model = split_targeted_attention(self.model, config)
         self.plan, self.aliases = make_plan(self.model, len(experts), config), stored_names(self.model)
         shapes = {name: tuple(shape) for name, shape in self.plan.tensors.items()}
-        files = SafetensorsSource(folder, like=shapes, aliases=self.aliases)
+        files = open_weights(folder, like=shapes, aliases=self.aliases)
         self.pretrained = with_names_of(shapes, files, self.aliases)
         check_expert(self.plan, "_pretrained_", self.pretrained.shapes())
         sources = open_experts(self.plan, experts, self.pretrained, self.aliases)

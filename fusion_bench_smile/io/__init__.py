@@ -14,11 +14,14 @@ if TYPE_CHECKING:
         write_atomically,
     )
     from .checkpoint import is_checkpoint, load, save
+    from .file_source import FileSource
+    from .hub import existing_path, hub_folder, local_path
     from .metadata import ExpertChange, Provenance, SmileMetadata
     from .peft_export import export_adapters
-    from .safetensors_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_FILE, WEIGHTS_FILE, SafetensorsSource
+    from .safetensors_source import SafetensorsSource
     from .sources import (
         ExpertSource,
+        ResizedSource,
         Source,
         StateDictSource,
         lazy_source,
@@ -30,13 +33,15 @@ if TYPE_CHECKING:
     from .tables import markdown_table
     from .transformers_hook import metadata_of
     from .verification import verify_checkpoint
+    from .weight_files import ADAPTER_CONFIG, MODEL_FILES, open_weights
 
 __all__ = [
-    "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "INDEX_FILE", "WEIGHTS_FILE", "AdapterSource", "ExpertChange", "ExpertSource",
-    "Provenance", "SafetensorsSource", "SmileMetadata", "Source", "StateDictSource", "check_writable_folder",
-    "export_adapters", "is_checkpoint", "lazy_source", "load", "markdown_table", "metadata_of", "open_source",
-    "remove_leftovers", "replace_file_atomically", "replace_folder_atomically", "save", "stored_names",
-    "tensor_digest", "tied_names", "verify_checkpoint", "write_atomically",
+    "ADAPTER_CONFIG", "MODEL_FILES", "AdapterSource", "ExpertChange", "ExpertSource", "FileSource", "Provenance",
+    "ResizedSource", "SafetensorsSource", "SmileMetadata", "Source", "StateDictSource", "check_writable_folder",
+    "existing_path", "export_adapters", "hub_folder", "is_checkpoint", "lazy_source", "load", "local_path",
+    "markdown_table", "metadata_of", "open_source", "open_weights", "remove_leftovers", "replace_file_atomically",
+    "replace_folder_atomically", "save", "stored_names", "tensor_digest", "tied_names", "verify_checkpoint",
+    "write_atomically",
 ]  # fmt: skip
 __getattr__ = lazy_names(__name__, {
     "adapter_source": ("AdapterSource",),
@@ -45,14 +50,17 @@ __getattr__ = lazy_names(__name__, {
         "write_atomically",
     ),
     "checkpoint": ("is_checkpoint", "load", "save"),
+    "file_source": ("FileSource",),
+    "hub": ("existing_path", "hub_folder", "local_path"),
     "metadata": ("ExpertChange", "Provenance", "SmileMetadata"),
     "peft_export": ("export_adapters",),
-    "safetensors_source": ("ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "INDEX_FILE", "WEIGHTS_FILE", "SafetensorsSource"),
+    "safetensors_source": ("SafetensorsSource",),
     "sources": (
-        "ExpertSource", "Source", "StateDictSource", "lazy_source", "open_source", "stored_names", "tensor_digest",
-        "tied_names",
+        "ExpertSource", "ResizedSource", "Source", "StateDictSource", "lazy_source", "open_source", "stored_names",
+        "tensor_digest", "tied_names",
     ),
     "tables": ("markdown_table",),
     "transformers_hook": ("metadata_of",),
     "verification": ("verify_checkpoint",),
+    "weight_files": ("ADAPTER_CONFIG", "MODEL_FILES", "open_weights"),
 })  # fmt: skip

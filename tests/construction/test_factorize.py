@@ -45,7 +45,7 @@ def with_infinity() -> nn.Module:
 BAD_EXPERTS = [
     (deeper, "expert 'bad' has another architecture than the pretrained model: 2 additional tensors (first: 4.weight)"),
     (without_bias, "1 tensors missing (first: 0.bias)"),
-    (wider, "expert 'bad': 0.weight has the shape (48, 20), the pretrained model's (32, 20)"),
+    (wider, "expert 'bad': 3.weight has the shape (12, 48), the pretrained model's (12, 32)"),
     (with_nan, "expert 'bad' holds NaN in 3.weight"),
     (with_infinity, "expert 'bad' holds infinity in 1.bias"),
 ]
