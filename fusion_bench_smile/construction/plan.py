@@ -22,6 +22,8 @@ from .rank_allocation import LayerSpectra, allocate, summarize_ranks
 
 log = logging.getLogger(__name__)
 
+LEAST_CLASS = 32  # the least rank that is factored
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -40,7 +42,14 @@ class LayerPlan:
     @property
     def rank(self) -> int:
         """The rank of the factorization."""
-        return max(self.k, self.gate_k)
+        return self.rank_class(max(self.k, self.gate_k))
+
+    def rank_class(self, rank: int) -> int:
+        """The rank to factor at where `rank` is needed: the next of 32, 64, 128, …, limited by the size of the layer.
+
+        All ranks of a class have the same directions, bit for bit: a sweep over them factors once.
+        """
+        return min(max(LEAST_CLASS, 2 ** (rank - 1).bit_length()), self.in_features, self.out_features)
 
     @property
     def work(self) -> float:
@@ -282,13 +291,27 @@ def check_expert(
 
 def check_finite(tensor: Tensor, name: str, label: str) -> None:
     """Raise PlanError if a tensor, called `name` in the model `label`, holds NaN or infinity."""
-    if not tensor.is_floating_point():
-        return
-    # the sum is many times faster to check; one NaN or infinity spoils it, and it may also overflow
-    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-    if not torch.isfinite(total) and not torch.isfinite(tensor).all():
+    if not _is_finite(tensor):
         kind = "NaN" if torch.isnan(tensor).any() else "infinity"
         raise PlanError(f"{label} holds {kind} in {name}; it was not saved or trained correctly")
+
+
+def check_range(tensor: Tensor, subject: str) -> Tensor:
+    """Return a tensor that was computed from finite ones; PlanError if it left the range of its dtype."""
+    if not _is_finite(tensor):
+        hint = "load the models in bfloat16 or float32"
+        if tensor.dtype != torch.float16:  # bfloat16 has the range of float32
+            hint = "check how these weights were trained and saved, or load the models in float64"
+        raise PlanError(f"{subject} is outside the range of {str(tensor.dtype).removeprefix('torch.')}; {hint}")
+    return tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    # the sum is many times faster to check; one NaN or infinity spoils it, and it may also overflow
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 
 
 def _names_outside(model: nn.Module, layers: Sequence[str]) -> set[str]:
