@@ -123,6 +123,8 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         experts = {name: expert_source(pool, name, pretrained) for name in pool.model_names}
         if adapters := sum(map(is_adapter, experts.values())):
             log.info("%d of %d experts are read as LoRA factors", adapters, len(experts))
+        if self.calibration:  # data that can't be used are refused before anything is factored
+            calibration_inputs(pool, list(experts), 1)
         if self.dry_run:
             if process_rank() == 0:
                 self._print_plan(pretrained, experts)
