@@ -263,11 +263,13 @@ def resizable_tensors(plan: Plan, shapes: Mapping[str, Sequence[int]]) -> list[s
     """The tensors of an expert that differ from the pretrained model's in their number of rows alone.
 
     These are embeddings and heads of another vocabulary, or of other classes. A tensor inside a list of modules, such
-    as the blocks of a transformer, is none of them.
+    as the blocks of a transformer, is none of them; a vector is one beside a matrix that is resized in the same way.
     """
     pairs = {name: (tuple(shapes[name]), tuple(shape)) for name, shape in plan.tensors.items() if name in shapes}
     differ = {name: pair for name, pair in pairs.items() if pair[0][:1] != pair[1][:1] and pair[0][1:] == pair[1][1:]}
-    return [name for name, (own, other) in differ.items() if own and other and name not in plan.block_tensors]
+    outside = {name: pair for name, pair in differ.items() if all(pair) and name not in plan.block_tensors}
+    rows = {(own[0], other[0]) for own, other in outside.values() if len(own) > 1}
+    return [name for name, (own, other) in outside.items() if (own[0], other[0]) in rows or len(own) > 1]
 
 
 def check_expert(
