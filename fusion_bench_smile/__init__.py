@@ -11,8 +11,9 @@ from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ._lazy import lazy_names
 from ._version import __version__
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ __all__ = [
     "export_adapters", "load", "metadata_of", "plan_upscaling", "record_choices", "record_routing", "remove_expert",
     "save", "upscale", "upscale_to_folder", "use_experts", "verify_checkpoint",
 ]  # fmt: skip
-MODULES = {
+__getattr__ = lazy_names(__name__, {
     "config": ("SmileConfig",),
     "construction": (
         "FactorCache", "add_expert", "calibrate", "plan_upscaling", "remove_expert", "upscale", "upscale_to_folder",
@@ -48,17 +49,8 @@ MODULES = {
     "nn": (
         "RoutedLayer", "SmileLinear", "as_expert", "choose_experts", "record_choices", "record_routing", "use_experts",
     ),
-}  # fmt: skip
+})  # fmt: skip
 HOOK, MODELING = f"{__name__}.io.transformers_hook", "transformers.modeling_utils"
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in MODULES.items():
-        if name in names:
-            value = getattr(import_module(f".{module}", __name__), name)
-            globals()[name] = value
-            return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -38,7 +38,7 @@ from .changes import (
     warn_of_unused_changes,
 )
 from .factor_cache import FactorCache
-from .factorize import Factorizer, add_to_sum, open_experts
+from .factorize import Factorizer, add_to_sum, average, open_experts
 from .layer_factors import LayerFactors
 from .layer_selection import split_targeted_attention
 from .plan import LayerPlan, check_expert, make_plan
@@ -168,7 +168,7 @@ class _Stream:
         for expert, source in self.experts.items() if self.factorizer.config.average_experts else ():
             value = read_finite(source, name, f"expert {expert!r}")
             total = add_to_sum(total, value) if value.is_floating_point() else total
-        return tensor if total is None else (total / len(self.experts)).to(tensor.dtype)
+        return tensor if total is None else average(total, len(self.experts), name, tensor.dtype)
 
     def metadata(self) -> SmileMetadata:
         """The metadata of the checkpoint, once all tensors were taken."""

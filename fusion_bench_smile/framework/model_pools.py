@@ -220,7 +220,7 @@ def calibration_inputs(pool: BaseModelPool, experts: Sequence[str], count: int) 
     for expert in experts:
         if expert not in (getattr(pool, "_train_datasets", None) or {}):
             raise PlanError(
-                f"calibration={count} needs train_datasets.{expert} in the model pool, from which it draws inputs; "
+                f"calibration needs train_datasets.{expert} in the model pool, from which it draws inputs; "
                 "add it, or use calibration=0"
             )
         dataset: Any = pool.load_train_dataset(expert)

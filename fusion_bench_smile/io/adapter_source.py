@@ -112,6 +112,17 @@ class AdapterSource(Source):
         """Whether the adapter leaves a tensor alone."""
         return name not in self._replaced and name not in self._factors
 
+    def max_rank(self, name: str) -> int | None:
+        """See `Source.max_rank`: that of the adapter's factors."""
+        if name not in self._factors or name in self._replaced:
+            return super().max_rank(name)
+        b_key, _, _ = self._factors[name]
+        return self._tensors.shapes()[b_key][1]
+
+    def nbytes(self) -> int | None:
+        """See `Source.nbytes`."""
+        return self._tensors.total_bytes()
+
 
 def _check_module(folder: Path, module: str, known: Container[str]) -> None:
     """Refuse an adapter of a `torch.nn.MultiheadAttention`."""

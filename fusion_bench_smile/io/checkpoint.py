@@ -72,19 +72,23 @@ def save(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> None:
             copy_companions(source, folder)
 
 
-def load(path: str | os.PathLike[str], pretrained: nn.Module | None = None, *, verify: bool = False) -> nn.Module:
-    """Load an upscaled model from a folder that `save` or ``save_pretrained`` wrote.
+def load(
+    path: str | os.PathLike[str] | None, pretrained: nn.Module | None = None, *, verify: bool = False
+) -> nn.Module:
+    """Load an upscaled model, in the dtype in which it was saved, from a folder that `save` or ``save_pretrained`` wrote.
 
     A folder that is replaced meanwhile is read again: the model is one of those that were saved.
 
     Args:
-        path: The folder.
+        path: The folder. None, as of a model pool without its folder, is refused.
         pretrained: The pretrained model, which is copied and not modified. Models of transformers do not need it.
         verify: Read all tensors once more, and compare them with the digests that were saved; see `verify_checkpoint`.
 
     Raises:
         CheckpointError: The folder is no complete SMILE checkpoint; the reason is given.
     """
+    if path is None:  # a model pool without its mandatory option
+        raise CheckpointError("no folder of a SMILE checkpoint is given: set its path, e.g. modelpool.path=FOLDER")
     folder = Path(path)
     until = time.monotonic() + MAX_SECONDS
     while time.monotonic() < until:
@@ -131,7 +135,7 @@ def _from_pretrained(folder: Path, config: dict[str, Any]) -> PreTrainedModel:
     model_class = architecture(folder, config.get("architectures"))
     try:
         _check_sizes(folder, model_class, stored)
-        return model_class.from_pretrained(folder)
+        return model_class.from_pretrained(folder, torch_dtype="auto")  # as saved
     except SmileError:
         raise
     except Exception as error:  # transformers validates little: a wrong value fails anywhere

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..exceptions import CheckpointError, PlanError
@@ -75,9 +76,8 @@ class FileSource(Source):
     def _get_tensor(self, handle: Any, name: str) -> Tensor:
         raise NotImplementedError
 
-    @property
-    def nbytes(self) -> int:
-        """The size of the files in bytes."""
+    def total_bytes(self) -> int:
+        """The size of all files."""
         return sum(file.stat().st_size for file in {file for file, _ in self._locations.values()})
 
     def shapes(self) -> Shapes:
@@ -92,7 +92,7 @@ class FileSource(Source):
                 self._open, self._mapped_bytes = (file, self._open_file(file)), 0
             try:
                 tensor = self._get_tensor(self._open[1], stored_name)
-            except Exception as error:  # the readers of damaged files may fail in any way
+            except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
                 raise PlanError(f"{file}: {name} can't be read: {shortened(error)}; it is corrupt") from None
             self._mapped_bytes += tensor.nbytes
         return tensor.to(self._dtypes.get(name, tensor.dtype))

@@ -52,6 +52,14 @@ class Source(Protocol):
         """Whether a tensor is known, without reading it, to equal the pretrained model's. By default nothing is."""
         return False
 
+    def max_rank(self, name: str) -> int | None:
+        """An upper bound of the rank of a weight's delta, if one is known without reading it."""
+        return 0 if self.is_pretrained(name) else None
+
+    def nbytes(self) -> int | None:
+        """The size of the files, if they hold less than a whole model; None (the default) for whole models."""
+        return None
+
 
 class StateDictSource(Source):
     """Tensors in memory. They may change, so they have no identity."""
@@ -99,6 +107,14 @@ class RenamedSource(Source):
     def is_pretrained(self, name: str) -> bool:
         """See `Source.is_pretrained`."""
         return self._source.is_pretrained(self._names[name])
+
+    def max_rank(self, name: str) -> int | None:
+        """See `Source.max_rank`."""
+        return self._source.max_rank(self._names[name])
+
+    def nbytes(self) -> int | None:
+        """See `Source.nbytes`."""
+        return self._source.nbytes()
 
 
 class ResizedSource(Source):
@@ -152,6 +168,14 @@ class ResizedSource(Source):
     def is_pretrained(self, name: str) -> bool:
         """See `Source.is_pretrained`."""
         return name in self._kept or (name not in self._resized and self._source.is_pretrained(name))
+
+    def max_rank(self, name: str) -> int | None:
+        """See `Source.max_rank`."""
+        return super().max_rank(name) if name in self._resized else self._source.max_rank(name)
+
+    def nbytes(self) -> int | None:
+        """See `Source.nbytes`."""
+        return self._source.nbytes()
 
 
 def with_names_of(pretrained: Shapes, source: Source, aliases: Mapping[str, tuple[str, ...]]) -> Source:

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
 
-from fusion_bench_smile import PlanError, SmileUpscalingAlgorithm, save, upscale
+from fusion_bench_smile import CheckpointError, PlanError, SmileUpscalingAlgorithm, save, upscale
 from fusion_bench_smile.framework.model_pools import expert_source, load_model
 from fusion_bench_smile.io import SafetensorsSource
 from fusion_bench_smile.nn import routed_layers
@@ -267,6 +267,13 @@ def test_pools_of_saved_checkpoints(tmp_path, entry, make, inputs):
     config.path = str(tmp_path)
     loaded = instantiate(config).load_model("_pretrained_")
     assert torch.equal(output(loaded, (x := inputs())), output(model, x))
+
+
+@pytest.mark.parametrize("entry", ["clip", "seq2seq_lm", "causal_lm"])
+def test_pools_of_saved_checkpoints_need_a_folder(entry):
+    pool = instantiate(OmegaConf.load(CONFIG / "SmileCheckpoint" / f"{entry}.yaml"))
+    with pytest.raises(CheckpointError, match=r"no folder of a SMILE checkpoint is given: .* modelpool\.path=FOLDER"):
+        pool.load_model("_pretrained_")
 
 
 @pytest.mark.parametrize(("entry", "experts"), [("m0_1", 1), ("m0_2", 1), ("m0_3", 1), ("m0_123", 3)])

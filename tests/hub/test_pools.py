@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import fusion_bench
 from hub.once import run_once
 from hub.repositories import Cache
+from safetensors.torch import load_file
 
 from fusion_bench_smile import load, save
 from fusion_bench_smile.reports import REPORT_FILE, RunReport
@@ -26,7 +28,12 @@ doc_to_choice: [a, b, cd]
 doc_to_target: label
 metric_list: [{{metric: acc}}]
 """
-LM_EVAL = ["taskpool=LMEvalHarnessTaskPool/lm_eval", "taskpool.tasks=[letters]", "taskpool.include_path=../tasks"]
+LM_EVAL = [
+    "taskpool=LMEvalHarnessTaskPool/lm_eval",
+    "taskpool._target_=hub.task_pool.LMEvalLocalTaskPool",
+    "taskpool.tasks=[letters]",
+    "taskpool.include_path=${oc.env:HF_HOME}/tasks",
+]
 CLIP = ["taskpool=SmileCLIP/TA8", "taskpool.dataloader_kwargs.num_workers=0"]
 IMAGES = ["taskpool=ImageClassificationTaskPool/convnext-base-224_8-tasks"]
 MERGEBENCH = [f"Llama-3.{version}" for version in ("1-8B", "1-8B-Instruct", "2-3B", "2-3B-Instruct")]
@@ -69,7 +76,8 @@ def run_sweep(sweep: str, hub: Cache, *arguments: str) -> Path:
             "method.gate_k=4", "method.k=8", "method.model_path=${hydra:runtime.output_dir}/model",
             "hydra.sweep.subdir='${hydra:runtime.choices.modelpool}'", "fabric.accelerator=cpu", *arguments, cwd=folder,
         )  # fmt: skip
-        (folder / "output.txt").write_text(completed.stdout + completed.stderr); Path(f"/tmp/dbg-{sweep}.txt").write_text(completed.stdout + completed.stderr)
+        (folder / "output.txt").write_text(completed.stdout + completed.stderr)
+        Path(f"/tmp/dbg-{sweep}.txt").write_text(completed.stdout + completed.stderr)
 
     return run_once(hub.home / "-".join([sweep, *(a.partition("=")[2] for a in arguments)]), run)
 
@@ -93,6 +101,11 @@ def test_pool(sweep, pool, hub, tmp_path, record_property):
     record_property("evaluated", report.average)
     model = load(folder / "model")
     save(model, tmp_path)
-    for file in (folder / "model").glob("*.safetensors"):
-        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+    saved, again = (load_tensors(path) for path in (folder / "model", tmp_path))
+    assert saved.keys() == again.keys()
+    assert all(saved[name].dtype == again[name].dtype and saved[name].equal(again[name]) for name in saved)
     record_property("reloaded", True)
+
+
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}

@@ -113,5 +113,5 @@ def test_tensors_that_the_config_does_not_describe_are_refused(options, tmp_path
 
 
 def test_text_that_is_no_unicode():
-    with pytest.raises(CheckpointError, match="^folder: "):
+    with pytest.raises(CheckpointError, match=r"^folder: "):
         SmileMetadata.from_dict({**MINIMAL, "flat_weights": ["\ud800"]}, "folder")
