@@ -33,7 +33,7 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
+    GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -180,14 +180,14 @@ def add_gpt2(cache: Cache) -> None:
     """GPT-2 and its classifiers of seven GLUE tasks; fine-tuning has changed the transformer."""
     options = {"vocab_size": VOCABULARY, "n_positions": 512, "n_embd": 32, "n_layer": 1, "n_head": 2}
     config = GPT2Config(**options, bos_token_id=258, eos_token_id=258, pad_token_id=258, initializer_range=0.2)
-    base = GPT2LMHeadModel(config).eval()
+    base = GPT2Model(config).eval()
     folder = cache.add_model("gpt2")
     base.save_pretrained(folder)
     save_gpt2_tokenizer(folder)
     for seed, task in enumerate(task for task in GLUE if task != "stsb"):
         config = GPT2Config.from_pretrained(folder, num_labels=3 if task == "mnli" else 2)
         expert = GPT2ForSequenceClassification(config)
-        expert.transformer = _fine_tuned(base.transformer, seed)
+        expert.transformer = _fine_tuned(base, seed)
         expert.save_pretrained(cache.add_model(f"tanganke/gpt2_{task}"))
 
 

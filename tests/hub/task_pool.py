@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from unittest.mock import patch
 
-import lm_eval.__main__
+import lm_eval.tasks
 from fusion_bench.taskpool import LMEvalHarnessTaskPool
 from torch import nn
 
@@ -15,6 +15,6 @@ class LMEvalLocalTaskPool(LMEvalHarnessTaskPool):
 
     def evaluate(self, model: nn.Module, *arguments: str, **options: object) -> None:
         """See the framework."""
-        manager = partial(lm_eval.__main__.TaskManager, include_defaults=False)
-        with patch.object(lm_eval.__main__, "TaskManager", manager):
+        manager = partial(lm_eval.tasks.TaskManager, include_defaults=False)
+        with patch.object(lm_eval.tasks, "TaskManager", manager):
             super().evaluate(model, *arguments, **options)
