@@ -1,0 +1,85 @@
+"""Readers: a checkpoint is loaded again and again while another process replaces it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+from transformers import CLIPVisionModel
+
+from fusion_bench_smile import load
+from studies.reliability.children import Child, Send
+from studies.reliability.models import identity, perceptron
+from studies.reliability.outcomes import Outcome, check, judge
+from studies.reliability.runner import Case, Part, Trial
+from studies.reliability.targets import Target, checkpoint_targets, sampled
+
+LOADS = 4  # in a session, during which a writer and an observer are at work
+PAUSE = 0.05  # seconds between two writes, at most
+
+
+class Session(NamedTuple):
+    """What is replaced, and how it is read."""
+
+    target: str  # of `checkpoint_targets`
+    read: Callable[[Path], nn.Module]
+    allowed: tuple[type, ...] = ()  # exceptions that transformers raises for missing files
+
+
+SESSIONS = {
+    "load, same shards": Session("save, shards", load),
+    "load, other numbers of shards": Session("save, other numbers of shards", load),
+    "load(verify=True)": Session("save, shards", partial(load, verify=True)),
+    "load, router for whole inputs": Session("save, router for whole inputs", load),
+    "load, not of transformers": Session("save, not of transformers", lambda path: load(path, perceptron())),
+    "load, written by upscale_to_folder": Session("upscale_to_folder", load),
+    "from_pretrained, same shards": Session("save, shards", CLIPVisionModel.from_pretrained, (OSError,)),
+    "from_pretrained, other numbers of shards": Session(
+        "save, other numbers of shards", CLIPVisionModel.from_pretrained, (OSError,)
+    ),
+}
+
+
+def prepare(folder: Path) -> dict[str, Target]:
+    """All checkpoints."""
+    return sampled(checkpoint_targets(folder), folder)
+
+
+def attempt(prepared: dict[str, Target], case: Case, name: str) -> Iterator[Outcome]:
+    """The outcome of every load in one session, and one of the path, which must never be absent."""
+    session = SESSIONS[name]
+    target, path = prepared[session.target], case.folder / "target"
+    expected = {value["checkpoint"] for value in target.versions[:2]}
+    target.begin(path)
+    writer = Child(lambda send: _replace_for_ever(target, path, case))
+    observer = Child(lambda send: _observe(path, send))
+    for _ in range(LOADS):
+        yield judge(
+            lambda: session.read(path), lambda model: check(identity(model) in expected, "another model"),
+            session.allowed,
+        )  # fmt: skip
+        time.sleep(case.random.uniform(0, PAUSE))
+    observer.kill()
+    yield check(not list(observer.values()), "the path was absent")
+    yield check(writer.end() < 0, "the writer failed")
+
+
+def _replace_for_ever(target: Target, path: Path, case: Case) -> None:
+    version = 0
+    while True:
+        version = 1 - version
+        target.write(path, version)
+        time.sleep(case.random.uniform(0, PAUSE))
+
+
+def _observe(path: Path, send: Send) -> None:
+    while path.is_dir():
+        time.sleep(0.0001)  # it must not take a core
+    send("absent")
+
+
+PART = Part("readers", prepare, {name: Trial(partial(attempt, name=name), 50) for name in SESSIONS})
