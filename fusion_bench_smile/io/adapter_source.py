@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ..exceptions import CheckpointError, PlanError
+from .names import shortened
 from .safetensors_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SafetensorsSource
 from .schema import read_json
 from .sources import Shapes, Source
@@ -146,21 +147,26 @@ def load_lora_config(folder: Path) -> LoraConfig:
     except CheckpointError as error:
         raise PlanError(f"{error}; save the adapter again") from None
     if (kind := settings.get("peft_type")) != "LORA":
-        raise PlanError(f"{folder} is a {kind} adapter; of PEFT's adapters only LORA can be read: merge it first")
+        raise PlanError(
+            f"{folder} is a {shortened(kind)} adapter; of PEFT's adapters only LORA can be read: merge it first"
+        )
     for option in UNSUPPORTED:
         if settings.get(option):
-            raise PlanError(f"{folder}: {option}={settings[option]!r} of a LoRA adapter can't be read; merge it first")
+            problem = f"{option}={shortened(repr(settings[option]))} of a LoRA adapter can't be read"
+            raise PlanError(f"{folder}: {problem}; merge it first")
     init = str(settings.get("init_lora_weights", True)).lower()
     if init.startswith(UNSUPPORTED_INITS):
-        raise PlanError(f"{folder}: init_lora_weights={init!r} changed the base model itself; merge it first")
+        raise PlanError(
+            f"{folder}: init_lora_weights={shortened(repr(init))} changed the base model itself; merge it first"
+        )
     try:
         _LoraValues.model_validate(settings)
         return LoraConfig.from_pretrained(str(folder))
     except ValidationError as error:
         first = error.errors()[0]
-        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        problem = shortened(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
     except Exception as error:  # PEFT passes most values on, where they may fail in any way
-        problem = str(error).partition("\n")[0]
+        problem = shortened(error)
     raise PlanError(f"{folder / ADAPTER_CONFIG} can't be read: {problem}; save the adapter again")
 
 

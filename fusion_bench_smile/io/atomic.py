@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -14,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..exceptions import CheckpointError
+from .names import shortened
 
 try:
     import fcntl
@@ -22,6 +24,7 @@ except ImportError:  # Windows; leftovers stay there
 
 SUFFIX, OLD_SUFFIX = ".part", ".old"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux, see renameat2(2)
+_umask_lock = threading.Lock()
 OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 
@@ -68,7 +71,7 @@ def replace_folder_atomically(folder: Path, carry: Callable[[str], bool] = lambd
             yield scratch
             _carry_entries(folder, scratch, carry)
             scratch.chmod(0o777 & ~_umask())
-            _put_in_place(scratch, folder)
+            put_in_place(scratch, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} can't be written: {_reason(error)}; choose another path, or free space"
@@ -127,9 +130,12 @@ def _locked(make: Callable[[], Path]) -> tuple[Path, int]:
     """A new temporary file or folder, and the descriptor that holds a lock on it until it is closed."""
     while True:
         scratch = make()
-        lock = os.open(scratch, os.O_RDONLY)
+        try:
+            lock = os.open(scratch, os.O_RDONLY)
+        except FileNotFoundError:  # another process took it for a leftover before it was locked
+            continue
         _lock(lock, wait=True)
-        if scratch.exists():  # otherwise another process took it for a leftover before it was locked
+        if scratch.exists():
             return scratch, lock
         os.close(lock)
 
@@ -161,8 +167,12 @@ def _carry_entries(folder: Path, scratch: Path, carry: Callable[[str], bool]) ->
                 copy(source, scratch / name)
 
 
-def _put_in_place(scratch: Path, folder: Path) -> None:
-    """Rename `scratch` to `folder`. A folder that is there then has the name `scratch`, or is deleted."""
+def put_in_place(scratch: Path, folder: Path, exchange: Callable[[Path, Path], bool] | None = None) -> None:
+    """Rename `scratch` to `folder`. A folder that is there gets the name `scratch`, or is deleted.
+
+    Without a working `exchange`, by default that of Linux, there is no folder for an instant.
+    """
+    exchange = exchange or _exchange
     while True:
         try:
             scratch.rename(folder)  # over an empty folder, too
@@ -170,12 +180,22 @@ def _put_in_place(scratch: Path, folder: Path) -> None:
         except OSError as error:
             if error.errno not in OCCUPIED:
                 raise
-        if _exchange(scratch, folder):
+        if exchange(scratch, folder):
             return
-        old = scratch.with_suffix(OLD_SUFFIX)
         with suppress(FileNotFoundError):  # another process has moved it
-            folder.rename(old)
-            shutil.rmtree(old, ignore_errors=True)
+            _replace_in_two_steps(scratch, folder)
+            return
+
+
+def _replace_in_two_steps(scratch: Path, folder: Path) -> None:
+    old = scratch.with_suffix(OLD_SUFFIX)
+    folder.rename(old)
+    try:
+        scratch.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -195,10 +215,11 @@ def _renameat2() -> Callable[..., int] | None:
 
 
 def _reason(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0]
+    return (isinstance(error, OSError) and error.strerror) or shortened(error)
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _umask_lock:  # it can only be read by setting it
+        mask = os.umask(0)
+        os.umask(mask)
     return mask

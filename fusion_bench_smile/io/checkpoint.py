@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import time
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -20,10 +21,12 @@ from ..exceptions import CheckpointError, SmileError
 from .atomic import replace_folder_atomically
 from .digests import write_digests
 from .model_card import HUB_NAME, write_model_card
+from .names import shortened
 from .safetensors_source import WEIGHTS_FILE, SafetensorsSource, check_tensors
-from .sources import tied_names
+from .sources import Shapes, tied_names
 from .transformers_hook import (
     CONFIG_FILE,
+    FLAT_WEIGHTS,
     METADATA_FILE,
     METHOD,
     REPLACED,
@@ -36,7 +39,7 @@ from .transformers_hook import (
 )
 from .verification import verify_checkpoint
 
-MAX_ATTEMPTS = 10  # to load a folder that other processes replace
+MAX_SECONDS = 60  # of attempts to load a folder that other processes replace
 COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 WEIGHTS_PATTERN = re.compile(r"\.(safetensors|bin)(\.index\.json)?$")
 
@@ -83,7 +86,8 @@ def load(path: str | os.PathLike[str], pretrained: nn.Module | None = None, *, v
         CheckpointError: The folder is no complete SMILE checkpoint; the reason is given.
     """
     folder = Path(path)
-    for _ in range(MAX_ATTEMPTS):
+    until = time.monotonic() + MAX_SECONDS
+    while time.monotonic() < until:
         version = folder_version(folder)
         try:
             model = _load(folder, pretrained, verify)
@@ -115,21 +119,36 @@ def _load(folder: Path, pretrained: nn.Module | None, verify: bool) -> nn.Module
     try:
         load_model(model, folder / WEIGHTS_FILE)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} can't be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder} can't be loaded: {shortened(error)}") from error
     attach_metadata(model, metadata)
     return model
 
 
 def _from_pretrained(folder: Path, config: dict[str, Any]) -> PreTrainedModel:
     """The model of transformers in a folder. Raises CheckpointError for whatever transformers raises."""
-    check_depth(folder, config, len(SafetensorsSource(folder).shapes()))
+    stored = SafetensorsSource(folder).shapes()
+    check_depth(folder, config, len(stored))
+    model_class = architecture(folder, config.get("architectures"))
     try:
-        return architecture(folder, config.get("architectures")).from_pretrained(folder)
+        _check_sizes(folder, model_class, stored)
+        return model_class.from_pretrained(folder)
     except SmileError:
         raise
     except Exception as error:  # transformers validates little: a wrong value fails anywhere
-        problem = f"{type(error).__name__}: {_first_line(error)}"
+        problem = f"{type(error).__name__}: {shortened(error)}"
         raise CheckpointError(f"{folder}: transformers can't load this checkpoint ({problem})") from error
+
+
+def _check_sizes(folder: Path, model_class: type[PreTrainedModel], stored: Shapes) -> None:
+    """Raise CheckpointError for a config with other sizes than the files, before memory is allocated for them."""
+    config = model_class.config_class.from_pretrained(folder)
+    flat = getattr(config, "quantization_config", {}).get(FLAT_WEIGHTS, [])
+    with torch.device("meta"):
+        model = model_class._from_config(config)
+    for name, parameter in model.named_parameters():
+        shape, expected = stored.get(name), tuple(parameter.shape)
+        if shape is not None and shape != expected and name.removesuffix(".weight") not in flat:
+            raise CheckpointError(f"{folder}: {name} has the shape {shape}, its config says {expected}")
 
 
 def check_depth(folder: Path, config: Mapping[str, Any], num_tensors: int) -> None:
@@ -139,10 +158,6 @@ def check_depth(folder: Path, config: Mapping[str, Any], num_tensors: int) -> No
             check_depth(folder, value, num_tensors)
         elif "layers" in key and isinstance(value, (int, float)) and value > num_tensors:
             raise CheckpointError(f"{folder}: config.json says {key}={value}, the files hold {num_tensors} tensors")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:

@@ -20,7 +20,7 @@ from ..nn.expert_parameters import modules_with_expert_parameters
 from ..nn.layout import ExpertLayout
 from ..nn.prototypes import Prototypes
 from ..nn.routed import count_parameters, routed_layers
-from .names import check_expert_names
+from .names import check_expert_names, shortened
 from .schema import LayerValues, RecipeValues, RouterValues, parse_section
 
 FORMAT_VERSION = 3
@@ -148,12 +148,16 @@ class SmileMetadata:
         if version != FORMAT_VERSION:
             newer = isinstance(version, int) and version > FORMAT_VERSION
             hint = "upgrade fusion-bench-smile" if newer else "build the model again"
-            raise CheckpointError(f"{where} has format version {version}, this package reads {FORMAT_VERSION}: {hint}")
+            found = f"{where} has format version {shortened(repr(version))}"
+            raise CheckpointError(f"{found}, this package reads {FORMAT_VERSION}: {hint}")
         section = parse_section(values, where)
         try:
             config = SmileConfig.from_checkpoint(section.options)
         except (ConfigError, TypeError) as error:
-            raise CheckpointError(f"{where}: {error}; the options were edited: build the model again") from None
+            raise CheckpointError(f"{where}: {shortened(error)}; the options were edited: build it again") from None
+        if config.top_k > len(section.experts):
+            problem = f"top_k={config.top_k} is more than its {len(section.experts)} experts"
+            raise CheckpointError(f"{where}: {problem}; the options were edited: build the model again")
         for name, layer in section.layers.items():
             _check_repeated_options(name, layer, config, where)
         router = section.router or RouterValues()
@@ -203,5 +207,7 @@ def _changes_dict(provenance: Provenance) -> dict[str, Any]:
 def _check_repeated_options(name: str, layer: LayerValues, config: SmileConfig, where: str) -> None:
     for key, option in REPEATED_OPTIONS.items():
         if (repeated := getattr(layer, key)) != (value := getattr(config, option)):
-            problem = f"{key} is {repeated!r} in {name} and {value!r} in the options; the file was edited"
+            problem = (
+                f"{key} is {shortened(repr(repeated))} in {name} and {value!r} in the options; the file was edited"
+            )
             raise CheckpointError(f"{where}: {problem}: build the model again")

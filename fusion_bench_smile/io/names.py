@@ -13,13 +13,13 @@ MAX_SHOWN = 40  # characters of a refused name in a message
 def name_problem(name: object) -> str:
     """Why a name cannot be that of an expert, a file or a folder; empty if it can."""
     if not isinstance(name, str):
-        return f"{_short(name)} is no string"
+        return f"{shortened(repr(name), MAX_SHOWN)} is no string"
     if not name.strip() or name in (".", ".."):
         return f"{name!r} names no file or folder"
     if len(name.encode("utf-8", errors="replace")) > MAX_BYTES:
-        return f"{_short(name)} is longer than {MAX_BYTES} bytes"
+        return f"{shortened(repr(name), MAX_SHOWN)} is longer than {MAX_BYTES} bytes"
     bad = next((c for c in name if c in SEPARATORS or unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None)
-    return f"{_short(name)} contains {bad!r}" if bad else ""
+    return f"{shortened(repr(name), MAX_SHOWN)} contains {bad!r}" if bad else ""
 
 
 def check_expert_names(names: Iterable[object]) -> None:
@@ -36,6 +36,8 @@ def check_expert_names(names: Iterable[object]) -> None:
         seen = {*seen, name}
 
 
-def _short(name: object) -> str:
-    text = repr(name)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+def shortened(value: object, limit: int = 120) -> str:
+    """Text of a file, or an error about it, as one line for a message; other values as `repr` shows them."""
+    text = str(value) if isinstance(value, (str, BaseException)) else repr(value)
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text.strip().partition("\n")[0])
+    return line if len(line) <= limit else f"{line[:limit]}…"

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..exceptions import CheckpointError, PlanError
-from .names import name_problem
+from .names import name_problem, shortened
 from .schema import read_json
 from .sources import Shapes, Source
 
@@ -97,7 +97,7 @@ def open_safetensors(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise PlanError(f"{file} can't be read: {error}; it is incomplete or corrupt") from None
+        raise PlanError(f"{file} can't be read: {shortened(error)}; it is incomplete or corrupt") from None
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..exceptions import CheckpointError, PlanError
-from .names import check_expert_names
+from .names import check_expert_names, shortened
 
 MAX_RANK = 2**24  # beyond the sides of any layer; the shapes of the files are compared before memory is allocated
 
@@ -102,9 +102,10 @@ def parse_section(values: Mapping[str, Any], where: str) -> CheckpointValues:
     except ValidationError as error:
         first = error.errors()[0]
         location = ".".join(str(part) for part in first["loc"])
-        problem = " ".join(f"{location}: {first['msg']}".strip(" :").split())
+        problem = f"{location}: {first['msg']}".strip(" :")
     except PlanError as error:  # of the names
         problem = str(error)
+    problem = shortened(problem, limit=300)
     raise CheckpointError(f"{where}: {problem}; the file is damaged or was edited: build the model again")
 
 
@@ -113,7 +114,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).partition("\n")[0]
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else shortened(error)
         raise CheckpointError(f"{file} is not readable JSON: {reason}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} is not readable JSON: it holds no object")

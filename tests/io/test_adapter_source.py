@@ -141,7 +141,8 @@ def test_factors_are_the_deltas_of_the_merged_model(tmp_path, settings):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(None, "can't be read"), ("{", "can't be read"), ('{"peft_type": "IA3"}', "is a IA3 adapter")]
+    ("text", "message"),
+    [(None, "No such file"), ("{", "is not readable JSON"), ('{"peft_type": "IA3"}', "is a IA3 adapter")],
 )
 def test_settings_that_cannot_be_read_are_refused(tmp_path, text, message):
     if text is not None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -13,10 +16,12 @@ import pytest
 from fusion_bench_smile import CheckpointError
 from fusion_bench_smile.io import (
     check_writable_folder,
+    remove_leftovers,
     replace_file_atomically,
     replace_folder_atomically,
     write_atomically,
 )
+from fusion_bench_smile.io.atomic import put_in_place
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
@@ -135,21 +140,135 @@ def test_a_failure_keeps_the_old_folder_and_leaves_nothing_else(tmp_path, error)
         (folder / "file").write_text("old")
 
 
+def two_folders(tmp_path: Path) -> tuple[Path, Path]:
+    for name in ("model", ".model.x.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    return tmp_path / ".model.x.part", tmp_path / "model"
+
+
+def test_without_an_exchange_the_old_folder_is_moved_away_first(tmp_path):
+    put_in_place(*two_folders(tmp_path), exchange=lambda first, second: False)
+    assert contents(tmp_path) == {"model/file": ".model.x.part"}
+    assert os.listdir(tmp_path) == ["model"]
+
+
 def test_a_failing_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "file").write_text("old")
+    scratch, folder = two_folders(tmp_path)
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
-        if self.name.endswith(".part"):
+        if self == scratch and not folder.exists():
             raise OSError("no space left")
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="no space left"), replace_folder_atomically(folder) as scratch:
-        (scratch / "file").write_text("new")
+    with pytest.raises(OSError, match="no space left"):
+        put_in_place(scratch, folder, exchange=lambda first, second: False)
     monkeypatch.undo()
+    assert (folder / "file").read_text() == "model"
+
+
+def test_a_folder_is_there_at_any_time_while_it_is_replaced(tmp_path):
+    folder = tmp_path / "model"
+    with replace_folder_atomically(folder) as scratch:
+        (scratch / "file").write_text("0")
+    stop, seen = threading.Event(), set()
+
+    def read() -> None:
+        while not stop.is_set():
+            seen.add((folder / "file").read_text())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for version in range(1, 200):
+        with replace_folder_atomically(folder) as scratch:
+            (scratch / "file").write_text(str(version))
+    stop.set()
+    reader.join()
+    assert len(seen) > 5, "with fewer versions the test shows nothing"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_several_writers_replace_one_folder(tmp_path):
+    folder = tmp_path / "model"
+
+    def write(writer: int) -> None:
+        for _ in range(50):
+            with replace_folder_atomically(folder, carry=lambda name: True) as scratch:
+                for name in ("a", "b"):
+                    (scratch / name).write_text(str(writer))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert (folder / "a").read_text() == (folder / "b").read_text()
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with replace_folder_atomically(tmp_path / "link") as scratch:
+        (scratch / "file").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target" / "file").read_text() == "new"
+
+
+# -- leftovers
+
+
+def killed_while_writing(tmp_path: Path) -> None:
+    """Leave a temporary file and folder, as a process does that is killed."""
+    child = os.fork()
+    if child == 0:
+        with replace_file_atomically(tmp_path / "a.txt"), replace_folder_atomically(tmp_path / "model") as scratch:
+            (scratch / "file").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path):
+    killed_while_writing(tmp_path)
+    assert len(list(tmp_path.glob(".*.part"))) == 2
+    write_atomically(tmp_path / "b.txt", "another file")
+    assert len(list(tmp_path.glob(".*.part"))) == 2
+    write_atomically(tmp_path / "a.txt", "new")
+    with replace_folder_atomically(tmp_path / "model") as scratch:
+        (scratch / "file").write_text("new")
+    assert contents(tmp_path) == {"a.txt": "new", "b.txt": "another file", "model/file": "new"}
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "b.txt", "model"]
+
+
+def test_temporary_entries_of_living_writers_stay(tmp_path):
+    with replace_file_atomically(tmp_path / "a.txt") as file, replace_folder_atomically(tmp_path / "model") as folder:
+        remove_leftovers(tmp_path)
+        write_atomically(tmp_path / "a.txt", "another writer")
+        assert file.exists()
+        assert folder.exists()
+        (folder / "file").write_text("new")
+    assert (tmp_path / "model" / "file").read_text() == "new"
+
+
+def test_all_leftovers_of_a_folder_can_be_removed(tmp_path):
+    killed_while_writing(tmp_path)
+    (tmp_path / ".hidden").write_text("no leftover")
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == [".hidden"]
+    remove_leftovers(tmp_path / "nowhere")
+
+
+def fill_disk(folder: Path) -> None:
+    with replace_folder_atomically(folder) as scratch, open("/dev/full", "w") as full:
+        (scratch / "file").write_text("half")
+        full.write("x" * 10**6)
+
+
+def test_a_full_disk_is_one_clear_error_and_keeps_the_old_folder(tmp_path):
+    folder = tmp_path / "model"
+    with replace_folder_atomically(folder) as scratch:
+        (scratch / "file").write_text("old")
+    with pytest.raises(CheckpointError, match="model can't be written: No space left on device"):
+        fill_disk(folder)
     assert contents(tmp_path) == {"model/file": "old"}
     assert os.listdir(tmp_path) == ["model"]
 

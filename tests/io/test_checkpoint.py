@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,34 @@ def test_an_existing_checkpoint_is_replaced_by_a_complete_one_or_not_at_all(tmp_
     assert not (folder / "model.safetensors").exists()
     assert (folder / "tokenizer.json").read_text() == "{}"
     assert torch.equal(output(load(folder).eval(), inputs), output(other, inputs))
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_loaded_is_one_of_both(tmp_path):
+    (first, inputs), (second, _) = upscaled("clip"), upscaled("clip")
+    expected = [output(model, inputs) for model in (first, second)]
+    folder, stop, loads = tmp_path / "model", threading.Event(), 0
+    save(first, folder, max_shard_size="20KB")
+
+    def replace_again_and_again() -> None:
+        for model in itertools.cycle((second, first)):
+            if stop.wait(0.1):
+                return
+            save(model, folder, max_shard_size="20KB")
+
+    writer = threading.Thread(target=replace_again_and_again)
+    writer.start()
+    try:
+        for read in [load, type(first).from_pretrained] * 20:
+            if loads == 6:
+                break
+            with suppress(CheckpointError, OSError):  # from_pretrained misses a file that is gone
+                found = output(read(folder).eval(), inputs)
+                assert any(torch.equal(found, one) for one in expected)
+                loads += 1
+    finally:
+        stop.set()
+        writer.join()
+    assert loads, "without a load the test shows nothing"
 
 
 def interrupted(*args: object, **kwargs: object) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import MINIMAL
 from conftest import clip_tower, experts_of, mlp, output, t5, t5_inputs
 from torch import nn
 
@@ -151,20 +152,6 @@ def test_the_keys_of_format_3():
         "energy": FULL.provenance.energy, "sources": FULL.provenance.sources, "parameters": [100, 150],
         "calibrated": 2 * 8 + 8 + (8 + 1) * 3 + 5, "versions": {"x": "1"},
     }  # fmt: skip
-
-
-# a checkpoint of format 3 as an earlier release wrote it, without what it did not need
-MINIMAL = {
-    "layers": {
-        "0": {
-            "ranks": [2, 2], "gate_ranks": [1, 1], "top_k": 1, "shared_router": True, "expert_bias": False,
-            "execution": "auto", "score": "norm", "storage": "same",
-        }
-    },
-    "experts": ["a", "b"],
-    "options": {"gate_k": 1, "k": 2, "device": "cuda:7", "upscaling_accelerator": "cuda:7"},
-    "format_version": 3,
-}  # fmt: skip
 
 
 def test_defaults_of_what_a_checkpoint_leaves_out():

@@ -25,13 +25,6 @@ def test_a_separate_router_shares_no_row():
     assert layout.down_ranks == layout.low_ranks == (4, 2)
 
 
-def test_from_json_values():
-    values = {"ranks": [4, 0, 2, -1], "gate_ranks": [2, 1, 3, 2], "shared_router": True, "expert_bias": True}
-    assert ExpertLayout.from_dict(values) == MIXED
-    assert ExpertLayout.from_dict({**values, "top_k": 2, "execution": "auto"}) == MIXED  # format 3 repeats options
-    assert hash(ExpertLayout.from_dict(values)) == hash(MIXED)
-
-
 @pytest.mark.parametrize(("sizes", "expected"), [((3, 3, 3), True), ((3,), True), ((3, 2), False), ((), False)])
 def test_uniform(sizes, expected):
     assert is_uniform(sizes) == expected
