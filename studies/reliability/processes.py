@@ -168,7 +168,7 @@ def attempt(prepared: Prepared, case: Case, scenario: Scenario) -> Iterator[Outc
     guilty, seed = case.random.choice((0, 1)), case.random.random()
     calls = [scenario(prepared, Random(seed), rank == guilty) for rank in (0, 1)]
     with _pair(case.folder, calls) as children:
-        yield _judge([next(child.values(), None) for child in children])
+        yield judge_results([next(child.values(), None) for child in children])
 
 
 def signals(prepared: Prepared, case: Case) -> Iterator[Outcome]:
@@ -178,7 +178,7 @@ def signals(prepared: Prepared, case: Case) -> Iterator[Outcome]:
     with _pair(case.folder, [call, call]) as children:
         time.sleep(case.random.uniform(0.05, 0.7))
         children[guilty].kill() if killed else children[guilty].interrupt()
-        yield _judge([next(children[1 - guilty].values(), None)])
+        yield judge_results([next(children[1 - guilty].values(), None)])
 
 
 def missing(prepared: Prepared, case: Case) -> Iterator[Outcome]:
@@ -188,7 +188,7 @@ def missing(prepared: Prepared, case: Case) -> Iterator[Outcome]:
     with _pair(case.folder, [None if rank == guilty else call for rank in (0, 1)], SHORT_PATIENCE) as children:
         result = next(children[1 - guilty].values(), None)
         named = check(result is not None and f"process {guilty}" in result[1], f"{result} does not name it")
-        yield combined([_judge([result]), named])
+        yield combined([judge_results([result]), named])
 
 
 @contextmanager
@@ -226,7 +226,7 @@ def _build(call: Call, share_work: bool = False) -> nn.Module:
     return upscale(call.pretrained, call.experts, share_work=share_work, on_progress=progress, **call.options)
 
 
-def _judge(results: list[Any]) -> Outcome:
+def judge_results(results: list[Any]) -> Outcome:
     """The outcome of one attempt from the results of some of its processes, None for one without a result."""
     if None in results:
         return other("a process ended without a result")

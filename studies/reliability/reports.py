@@ -95,7 +95,7 @@ def model_cards(prepared: Prepared, case: Case) -> Iterator[Outcome]:
         return combined([
             check("<script" not in card and "<img" not in card, "the card holds foreign HTML"),
             check(kind != "needs" or len(text.strip()) < 3 or text not in card, "the card prints a text as a command"),
-            _check_rows(card),
+            check_rows(card),
         ])  # fmt: skip
 
     yield judge(lambda: save(load(path), case.folder / "again"), examine)
@@ -154,7 +154,8 @@ def _call(prepared: Prepared, runs: Path, *arguments: str) -> str:
     return output.getvalue()
 
 
-def _check_csv(text: str) -> Outcome:
+def check_csv(text: str) -> Outcome:
+    """Right if all rows have as many cells, one is that of the good run, and no cell is a formula."""
     rows = list(csv.reader(io.StringIO(text)))
     formulas = [cell for row in rows for cell in row if FORMULA.match(cell) and not NUMBER.match(cell)]
     return combined([
@@ -166,10 +167,10 @@ def _check_csv(text: str) -> Outcome:
 
 def _check_markdown(text: str) -> Outcome:
     html = check("<script" not in text and "<img" not in text, "foreign HTML")
-    return combined([check(GOOD in text, "the good run is missing"), html, _check_rows(text)])
+    return combined([check(GOOD in text, "the good run is missing"), html, check_rows(text)])
 
 
-def _check_rows(text: str) -> Outcome:
+def check_rows(text: str) -> Outcome:
     """Right if each row of a Markdown table has as many cells as the row above it."""
     lines = [*text.split("\n"), ""]
     counts = [len(ROW.findall(line)) if line.startswith("|") else 0 for line in lines]
@@ -182,7 +183,7 @@ def _check_text(text: str) -> Outcome:
 
 
 FORMATS: dict[str, Callable[[str], Outcome]] = {
-    "table": _check_text, "markdown": _check_markdown, "csv": _check_csv, "latex": _check_text,
+    "table": _check_text, "markdown": _check_markdown, "csv": check_csv, "latex": _check_text,
 }  # fmt: skip
 
 

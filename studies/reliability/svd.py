@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import cast
 
 import torch
@@ -76,24 +77,25 @@ def extremes(_: None, case: Case) -> Iterator[Outcome]:
         layer.weight.data.copy_(signs * chosen)
     diff = case.random.random() < 0.7
 
-    def examine(model: nn.Module) -> Outcome:
+    def examine_model(model: nn.Module) -> Outcome:
         bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
         return check(not bad, f"infinite parameters: {bad}")
 
     base, *experts = models
-    yield judge(lambda: upscale(base, experts, gate_k=2, k=4, routing_use_diff=diff), examine)
+    yield judge(lambda: upscale(base, experts, gate_k=2, k=4, routing_use_diff=diff), examine_model)
 
 
 def _judge(matrix: Tensor, rank: int) -> Outcome:
-    """Right if the factors capture as much energy as the best ones; a ValueError is a documented error."""
+    """The outcome of factoring a matrix. A ValueError is documented."""
+    return judge(lambda: truncated_svd(matrix, rank), partial(examine, matrix, rank), allowed=(ValueError,))
 
-    def examine(factors: Factors) -> Outcome:
-        best = torch.linalg.svdvals(matrix.double())[:rank].square().sum()
-        rest = (matrix.double() - factors.up.double() @ factors.down.double()).square().sum()
-        missed = float((rest - (matrix.double().square().sum() - best)) / best) if best else 0.0
-        return check(missed <= MISSED and factors.rank <= rank, f"{missed:.3g} of the energy is missed")
 
-    return judge(lambda: truncated_svd(matrix, rank), examine, allowed=(ValueError,))
+def examine(matrix: Tensor, rank: int, factors: Factors) -> Outcome:
+    """Right if factors capture as much energy of a matrix as the best ones of the rank."""
+    best = torch.linalg.svdvals(matrix.double())[:rank].square().sum()
+    rest = (matrix.double() - factors.up.double() @ factors.down.double()).square().sum()
+    missed = float((rest - (matrix.double().square().sum() - best)) / best) if best else 0.0
+    return check(missed <= MISSED and factors.rank <= rank, f"{missed:.3g} of the energy is missed")
 
 
 def _with_spectrum(values: Tensor, generator: torch.Generator, shape: tuple[int, int] | None = None) -> Tensor:
