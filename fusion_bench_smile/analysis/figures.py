@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FormatStrFormatter, MaxNLocator
 from torch import Tensor
 
-from ..reports import STYLES, grouped_bars, heatmap, panels
+from ..reports import STYLES, figure_text, grouped_bars, heatmap, panels
 from .task_vectors import ZONES
 
 COLORS = [color for color, _ in STYLES]
@@ -67,8 +67,8 @@ def confusion(matrix: pd.DataFrame) -> Figure:
     """The confusion matrix of the routers, task × expert, in percent of the task's tokens."""
     figure, axis = panels(1.6 + 0.75 * len(matrix.columns), 1.4 + 0.62 * len(matrix))
     image = heatmap(axis, 100 * matrix, "{:.0f}", 100 * matrix > 50 * matrix.to_numpy().max(), vmin=0)
-    axis.set_xticks(range(len(matrix.columns)), matrix.columns, rotation=45, ha="right")
-    axis.set_yticks(range(len(matrix)), matrix.index)
+    axis.set_xticks(range(len(matrix.columns)), map(figure_text, matrix.columns), rotation=45, ha="right")
+    axis.set_yticks(range(len(matrix)), map(figure_text, matrix.index))
     axis.set(xlabel="selected expert", ylabel="task of the input")
     figure.colorbar(image, ax=axis, label="share of the task's tokens (%)")
     return figure
@@ -103,15 +103,15 @@ def token_maps(images: Tensor, choices: dict[str, Tensor], experts: Sequence[str
     for axis, image, title in zip(axes[:, 0], images, titles, strict=True):
         low, high = image.min(), image.max()
         axis.imshow(((image - low) / (high - low)).permute(1, 2, 0).cpu())
-        axis.set_ylabel(title)
+        axis.set_ylabel(figure_text(title))
     for column, (layer, experts_of_patches) in zip(axes[:, 1:].T, choices.items(), strict=True):
         side = math.isqrt(experts_of_patches.shape[1])
         for axis, patches in zip(column, experts_of_patches.cpu(), strict=True):
             axis.imshow(patches.reshape(side, side), cmap=colors, vmin=-0.5, vmax=len(experts) - 0.5)
-        column[0].set_title(layer, fontsize=8)
+        column[0].set_title(figure_text(layer), fontsize=8)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    handles = [Patch(color=colors(number), label=name) for number, name in enumerate(experts)]
+    handles = [Patch(color=colors(number), label=figure_text(name)) for number, name in enumerate(experts)]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, title="selected expert")
     return figure
 
@@ -132,7 +132,8 @@ def ablations(table: pd.DataFrame) -> Figure:
     """The column ``average`` (in percent) of each variant, as horizontal bars."""
     figure, axis = panels(8, 0.6 + 0.32 * len(table))
     averages = table["average"][::-1]
-    axis.barh(averages.index, averages, color=COLORS[0])
+    axis.barh(range(len(averages)), averages, color=COLORS[0])
+    axis.set_yticks(range(len(averages)), map(figure_text, averages.index))
     for position, value in enumerate(averages):
         axis.text(value - 0.5, position, f"{value:.1f}", va="center", ha="right", color="w", fontsize=8)
     axis.set(xlabel="average score (%)")
@@ -161,4 +162,4 @@ def costs(table: pd.DataFrame) -> Figure:
 def _curves(axis: Axes, curves: Mapping[str, pd.Series] | pd.DataFrame, **options: Any) -> None:
     """Draw each series over its index, with its name as the label."""
     for (name, values), (color, marker) in zip(curves.items(), STYLES, strict=False):
-        axis.plot(values.index, values, color=color, marker=marker, label=name, **options)
+        axis.plot(values.index, values, color=color, marker=marker, label=figure_text(name), **options)

@@ -22,7 +22,7 @@ from .. import reports
 from ..exceptions import CheckpointError, PlanError, SmileError
 from ..io import metadata_of, write_atomically
 from ..nn import count_bytes, count_parameters, routing_statistics
-from ..reports import REPORT_FILE, LayerRouting, ResourceMeter, RunReport, TaskResult, average_of
+from ..reports import REPORT_FILE, LayerRouting, ReportError, ResourceMeter, RunReport, TaskResult, average_of
 from .jobs import command_of_job, needs_subprocess, process_rank, report_in
 from .model_pools import PRETRAINED, load_model
 
@@ -134,15 +134,20 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         except (Exception, SystemExit) as error:
             succeeded = isinstance(error, SystemExit) and error.code in (None, 0)
             if not succeeded and process_rank() == 0:
-                self._report(started, status="failed", error=_reason(error), **self.measurements).write(folder)
+                self._record_failure(folder, started, error)
             raise
         if report is not None and process_rank() == 0:
             if report_save_path is not None:
-                file = Path(report_save_path.format(log_dir=folder))
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, json.dumps(result["report"], default=str))
+                _write_task_report(result["report"], Path(report_save_path.format(log_dir=folder)))
             log.info("report: %s", report.write(folder))
         return {**result, "run_report": report}
+
+    def _record_failure(self, folder: Path, started: datetime, error: BaseException) -> None:
+        """Write the report of a failed run. If that fails too, it is logged: the error of the run is raised."""
+        try:
+            self._report(started, status="failed", error=_reason(error), **self.measurements).write(folder)
+        except ReportError as problem:
+            log.error("%s", problem)
 
     @contextmanager
     def _routing_recorded(self, model: Any) -> Iterator[None]:
@@ -221,7 +226,7 @@ class ReportingFusionProgram(FabricModelFusionProgram):
 
     def _resolved_config(self) -> dict[str, Any]:
         """What determines the results: method, model pool, task pool, seed."""
-        parts: dict[str, Any] = {"method": self._method, "modelpool": self._modelpool, "taskpool": self._taskpool or {}}
+        parts: dict[str, Any] = {"method": self._method, "modelpool": self._modelpool, "taskpool": self._taskpool}
         plain = {name: OmegaConf.to_container(part, resolve=True) for name, part in parts.items() if part is not None}
         return {"taskpool": {}, **plain, "seed": self.seed, "fast_dev_run": self.fast_dev_run}
 
@@ -237,7 +242,7 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         path = Path(self.individual)
         try:
             return RunReport.read(path / REPORT_FILE if path.is_dir() or not path.suffix else path).tasks
-        except reports.ReportError as error:
+        except ReportError as error:
             log.info("individual=%s: %s; the report has no retention, the leaderboard adds it", path, error)
             return {}
 
@@ -274,6 +279,15 @@ def objective_of(report: RunReport, budget: float | None) -> float | None:
     if budget is not None and report.parameter_ratio is not None and report.parameter_ratio > budget:
         return 100 * (1 - report.parameter_ratio / budget)
     return report.average if report.retention is None else report.retention
+
+
+def _write_task_report(report: Any, file: Path) -> None:
+    """Write the report of a task pool as JSON. Raises ReportError if that is not possible."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(report, default=str))
+    except OSError as error:
+        raise ReportError(f"{file} can't be written: {error.strerror}: choose another report_save_path") from None
 
 
 def _reason(error: BaseException) -> str:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .metadata import SmileMetadata
+from .metadata import LOADING, SmileMetadata
 
 CARD_FILE = "README.md"
 MARK = "<!-- written by fusion_bench_smile -->"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+TEXT_LENGTH = 1000  # characters of an option, of a list of names
 
 
 def write_model_card(metadata: SmileMetadata, target: Path, folder: Path, base_model: str) -> None:
@@ -23,10 +24,13 @@ def write_model_card(metadata: SmileMetadata, target: Path, folder: Path, base_m
 
 
 def model_card(metadata: SmileMetadata, base_model: str | None) -> ModelCard:
-    """The model card of an upscaled model; `base_model` is the pretrained model's name on a hub, if it has one."""
+    """The model card of an upscaled model; `base_model` is the pretrained model's name on a hub, if it has one.
+
+    Names, options and versions may come from a file of unknown origin: they are shown as text.
+    """
     import pandas as pd  # takes as long to import as torch
 
-    from .tables import markdown_table
+    from .tables import escape_markdown, markdown_table
 
     data = ModelCardData(library_name="transformers", tags=["fusion-bench", "smile", "merge"], base_model=base_model)
     provenance = metadata.provenance
@@ -37,17 +41,24 @@ def model_card(metadata: SmileMetadata, base_model: str | None) -> ModelCard:
         "A zero-shot sparse mixture of low-rank experts (SMILE, arXiv 2408.10174): one model with the experts of "
         "several, built with `fusion_bench_smile` from the pretrained model and its fine-tuned variants, without data "
         "or training.", "",
-        f"To load it: {metadata.loading}.", "",
+        f"To load it: {LOADING}.", "",
         f"- parameters: {after:,}, {after / max(before, 1):.3f} times the pretrained model's {before:,}",
         f"- experts: {len(metadata.experts)}; upscaled layers: {len(provenance.energy)}",
     ]  # fmt: skip
     if shares:
         lines.append(f"- energy ‖ΔW‖² kept: at least {min(shares):.4f}, median {statistics.median(shares):.4f}")
     if unused := provenance.describe_unused():
-        lines.append(f"- not used, outside the upscaled layers: {unused}")
-    lines.append(f"- versions: {', '.join(f'{name} {number}' for name, number in provenance.versions.items())}")
-    sources = [(name, f"`{provenance.sources.get(name, 'unknown')}`") for name in metadata.experts]
-    options = [(name, str(value)) for name, value in metadata.config.to_dict().items()]
+        lines.append(f"- not used, outside the upscaled layers: {escape_markdown(unused, TEXT_LENGTH)}")
+    versions = ", ".join(f"{name} {number}" for name, number in provenance.versions.items())
+    lines.append(f"- versions: {escape_markdown(versions, TEXT_LENGTH)}")
+    digests = {name: escape_markdown(provenance.sources.get(name, "unknown")) for name in metadata.experts}
+    sources = [(escape_markdown(name), _code(digest)) for name, digest in digests.items()]
+    options = [(escape_markdown(n), escape_markdown(v, TEXT_LENGTH)) for n, v in metadata.config.to_dict().items()]
     lines += ["", markdown_table(pd.DataFrame(sources, columns=["expert", "digest of its weights"]))]
     lines += ["", markdown_table(pd.DataFrame(options, columns=["option", "value"])), ""]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n".join(lines))
+
+
+def _code(text: str) -> str:
+    """A digest as code; escaped text that is no digest as it is, because code has no escapes."""
+    return f"`{text}`" if text.isalnum() else text

@@ -1,16 +1,23 @@
-"""Markdown tables."""
+"""Markdown tables, and text of unknown origin as one line, also in Markdown."""
 
+import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+
+TEXT_LENGTH = 200  # characters
+# an underscore between letters or digits is text; GitHub also links plain addresses
+MARKUP = re.compile(r"[\\`*~$#<>&|]|\[|\]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=\bwww)\.", re.IGNORECASE)
+ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "|": "&#124;", ":": "&#58;", ".": "&#46;"}
 
 
 def markdown_table(frame: pd.DataFrame, digits: int | Mapping[str, int] = 1, index: bool = False) -> str:
     """A GitHub-flavoured Markdown table: the first column left-aligned, the others right-aligned.
 
     Args:
-        frame: Strings and numbers; missing values become empty cells.
+        frame: Numbers, and strings in Markdown (`escape_markdown` makes it of text); missing values become empty cells.
         digits: Decimals of the numbers, for all columns or by column (1 for columns that are not listed).
         index: Write the index as the first column.
     """
@@ -23,6 +30,29 @@ def markdown_table(frame: pd.DataFrame, digits: int | Mapping[str, int] = 1, ind
     return str(text.to_markdown(index=False, colalign=alignment, disable_numparse=True))
 
 
+def printable(value: object, limit: int = TEXT_LENGTH) -> str:
+    r"""The text of a value as one line of printable characters; an ellipsis ends a text of more than `limit`.
+
+    Line breaks, control characters, marks that change the direction of text, and lone surrogates are written as in
+    Python's literals, e.g. ``\n``.
+    """
+    text = str(value)
+    line = "".join(map(_printable_character, text[: limit + 1]))
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+def escape_markdown(value: object, limit: int = TEXT_LENGTH) -> str:
+    """The text of a value in Markdown that shows the text itself, in one line: see `printable`."""
+    return MARKUP.sub(lambda match: ENTITIES.get(match[0], f"\\{match[0]}"), printable(value, limit))
+
+
+def _printable_character(character: str) -> str:
+    if character.isprintable():
+        return character
+    space = unicodedata.category(character) == "Zs"
+    return " " if space else character.encode("unicode_escape").decode("ascii")
+
+
 def _cell(value: Any, decimals: int) -> str:
     if pd.isna(value):
         return ""
@@ -30,4 +60,4 @@ def _cell(value: Any, decimals: int) -> str:
 
 
 def _escape(value: Any) -> str:
-    return str(value).replace("|", "\\|")
+    return " ".join(str(value).splitlines()).replace("|", "\\|")

@@ -1,15 +1,19 @@
 """Boards: one table for each benchmark, with one row for each run that is found in some folders."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from ..exceptions import SmileError
+from ..io.tables import printable
 from ..reports import REPORT_FILE, ReportError, RunReport, TaskResult, average_of, retention_of
 from .published import published_for
 
@@ -24,7 +28,11 @@ COLUMNS = {
     "memory": "peak memory of the construction beyond the memory held at its start, in MB; device memory on a GPU",
     "throughput": "samples per second during evaluation",
 }
+HEADINGS = {"memory": "memory (MB)", "throughput": "samples/s"}  # where they differ from the names of the columns
 OPTIONS = ("gate_k", "k", "top_k")
+# columns that are no tasks, and their headings
+RESERVED = {"benchmark", "method", *COLUMNS, *HEADINGS.values(), "origin", "kind", *OPTIONS, "device", "folder"}
+PATH_LENGTH = 4096  # characters
 ASCENDING = ("parameters", "bytes", "seconds", "memory", "method")  # sorted from small to large
 
 
@@ -41,6 +49,10 @@ class Skipped(NamedTuple):
     folder: Path
     reason: str
 
+    def __str__(self) -> str:
+        """Folder and reason in one line."""
+        return f"{printable(self.folder, PATH_LENGTH)}: {printable(self.reason, 2 * PATH_LENGTH)}"
+
 
 class Gathered(NamedTuple):
     """The complete runs in some folders, the newest of each configuration, and all others."""
@@ -51,10 +63,10 @@ class Gathered(NamedTuple):
 
 @dataclass
 class Board:
-    """All runs of one benchmark."""
+    """All runs of one benchmark. All text is in one line of printable characters, see `printable`."""
 
     benchmark: str
-    tasks: list[str]  # in the order of the task pool
+    tasks: list[str]  # their columns, see `task_columns`, in the order of the task pool
     # one row for each run: ``method``, the scores of `tasks` in percent, `COLUMNS`, ``origin`` (``measured`` or
     # ``published``), ``kind`` (``individual`` or ``merged``), `OPTIONS`, ``device`` and ``folder``
     table: pd.DataFrame
@@ -67,7 +79,7 @@ class Board:
 
 
 def gather(folders: Iterable[str | os.PathLike[str]]) -> Gathered:
-    """Read all reports in some folders and their subfolders.
+    """Read all reports in some folders and their subfolders, also while runs write them.
 
     The newest of several reports with the same benchmark and fingerprint is used.
     Raises ReportError if a folder does not exist.
@@ -113,7 +125,9 @@ def arrange(board: Board, sort: str = "average", methods: Sequence[str] = (), wh
         table = table[[any(fnmatch(name, pattern) for pattern in methods) for name in table["method"]]]
     if where:
         try:
-            table = table.query(where)
+            # a column with an odd name must not spoil a condition that does not mention it
+            mentioned = [column for column in table.columns if column in where]
+            table = table.loc[table[mentioned].query(where).index]
         except Exception as error:  # pandas raises many types
             raise SmileError(f"--where {where!r}: {error}; the columns are {', '.join(board.table.columns)}") from None
     if sort not in table.columns:
@@ -135,52 +149,85 @@ def _read(folder: Path) -> Run | Skipped:
     except ReportError as error:
         return Skipped(folder, str(error))
     if report.status == "failed":
-        return Skipped(folder, f"failed: {report.error}")
+        return Skipped(folder, f"failed: {printable(report.error)}")
     return Run(folder, report) if report.tasks else Skipped(folder, "no task was evaluated")
 
 
+def task_columns(tasks: Iterable[str]) -> dict[str, str]:
+    """Task → its column in a board: the name in one line, which is not empty and not that of another column."""
+    columns: dict[str, str] = {}
+    taken = set(RESERVED)
+    for task in dict.fromkeys(tasks):
+        name = printable(task).strip() or "(unnamed)"
+        name = f"{name} (task)" if name in RESERVED else name
+        numbered = (f"{name} ({number})" for number in count(2))
+        columns[task] = name = name if name not in taken else next(each for each in numbered if each not in taken)
+        taken.add(name)
+    return columns
+
+
 def _run_folders(root: Path) -> Iterator[Path]:
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise ReportError(f"{root} is no folder: give the folders of runs, e.g. outputs")
-    for folder, _, files in os.walk(root):
-        if REPORT_FILE in files or OVERRIDES_FILE in files:
-            yield Path(folder)
+    folders = [root]
+    while folders:  # os.walk calls itself in each subfolder before Python 3.12
+        folder, names = folders.pop(), set()
+        with suppress(OSError), os.scandir(folder) as entries:  # it may be deleted, or not be readable
+            for entry in entries:
+                names.add(entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(Path(entry.path))
+        if names & {REPORT_FILE, OVERRIDES_FILE}:
+            yield folder
 
 
 def _board(benchmark: str, runs: list[Run], published: bool) -> Board:
     reference = max(runs, key=lambda run: len(run.report.tasks)).report
     tasks = list(reference.tasks)
-    individual = next((run.report.tasks for run in runs if run.report.kind == "individual"), {})
-    rows = [_row(run, individual) for run in runs]
+    columns = task_columns([*tasks, *(task for run in runs for task in run.report.tasks)])
+    individual = [run.report.tasks for run in runs if run.report.kind == "individual"]
+    rows = [_row(run, individual, columns) for run in runs]
     notes = []
     if any(list(run.report.tasks) != tasks for run in runs):
         notes.append("some runs lack tasks: their averages are not comparable")
-    if any(run.report.kind == "individual" for run in runs):
+    if individual:
         notes.append("the parameters of the individual models are those of all models together")
     results = published_for(reference.modelpool, tasks) if published else None
     if results is not None:
-        rows += _reference_rows(results.table, results.individual)
+        rows += _reference_rows(results.table.rename(columns=columns), results.individual)
         notes += [f"rows marked † are published, not measured here: {results.source}", results.smile]
     table = pd.DataFrame(rows)
-    table = table.reindex(columns=list(dict.fromkeys(["method", *tasks, *COLUMNS, *table])))
-    numbers = [*tasks, *COLUMNS, *OPTIONS]
-    return Board(benchmark, tasks, table.assign(**table[numbers].apply(pd.to_numeric)), notes)
+    shown = [columns[task] for task in tasks]
+    table = table.reindex(columns=list(dict.fromkeys(["method", *shown, *COLUMNS, *table])))
+    numbers = {*columns.values(), *COLUMNS, *OPTIONS}
+    table = pd.DataFrame({name: pd.to_numeric(table[name]) if name in numbers else table[name] for name in table})
+    return Board(printable(benchmark), shown, table, notes)
 
 
-def _row(run: Run, individual: Mapping[str, TaskResult]) -> dict[str, object]:
+def _row(run: Run, individual: Sequence[Mapping[str, TaskResult]], columns: Mapping[str, str]) -> dict[str, object]:
     report = run.report
-    retention = 100.0 if report.kind == "individual" else retention_of(report.tasks, individual)
+    # the first individual models that have all scores
+    known = (retention_of(report.tasks, tasks) for tasks in individual)
+    retention = 100.0 if report.kind == "individual" else next((r for r in known if r is not None), report.retention)
     construction = report.construction if report.kind == "merged" else None
-    options = {name: report.method.get(name) for name in OPTIONS}
     return {
-        "method": report.label, **{name: task.score for name, task in report.tasks.items()},
-        "average": average_of(report.tasks), "retention": report.retention if retention is None else retention,
+        "method": printable(report.label), **{columns[name]: task.score for name, task in report.tasks.items()},
+        "average": average_of(report.tasks), "retention": retention,
         "parameters": report.parameter_ratio, "bytes": report.byte_ratio,
         "seconds": construction and construction.seconds, "memory": construction and construction.peak_megabytes,
         "throughput": report.samples_per_second, "origin": MEASURED, "kind": report.kind,
-        **{name: float(value) if isinstance(value, (int, float)) else None for name, value in options.items()},
-        "device": report.environment.accelerator, "folder": str(run.folder),
+        **{name: _finite_number(report.method.get(name)) for name in OPTIONS},
+        "device": printable(report.environment.accelerator), "folder": printable(run.folder, PATH_LENGTH),
     }  # fmt: skip
+
+
+def _finite_number(value: Any) -> float | None:
+    """A number of a method's options; None for other values, infinity and numbers beyond the range of floats."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    with suppress(OverflowError):
+        return float(value) if math.isfinite(value) else None
+    return None
 
 
 def _reference_rows(table: pd.DataFrame, individual: str) -> list[dict[str, object]]:

@@ -45,7 +45,7 @@ def leaderboard(
     ]
     kept = [board for board in arranged if len(board.measured)]
     if not kept:
-        skipped = "".join(f"\n  {run.folder}: {run.reason}" for run in gathered.skipped[:20])
+        skipped = "".join(f"\n  {run}" for run in gathered.skipped[:20])
         raise SmileError(f"no run is left to show: {len(gathered.runs)} complete runs before filtering{skipped}")
     return kept, gathered.skipped
 
@@ -109,9 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (SmileError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     left_out = [f"{len(skipped)} left out:"] if skipped else []
-    left_out += [f"  {run.folder}: {run.reason}" for run in skipped]
+    left_out += [f"  {run}" for run in skipped]
     for line in [*left_out, *(f"written: {file}" for file in files)]:
-        Console(stderr=True, highlight=False).print(line, markup=False, soft_wrap=True)
+        Console(stderr=True, highlight=False).print(line, markup=False, emoji=False, soft_wrap=True)
 
 
 def _figures(all_boards: Sequence[Board]) -> dict[str, Figure]:

@@ -1,6 +1,7 @@
 """Boards as tables: for the terminal, Markdown, CSV and LaTeX, and as a self-contained web page with charts."""
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,19 +12,22 @@ import pandas as pd
 from rich.table import Table
 from rich.text import Text
 
-from ..reports import markdown_table
-from .boards import COLUMNS, MEASURED, Board, Skipped
-from .figures import family, family_styles
+from ..io.tables import escape_markdown, markdown_table, printable
+from .boards import COLUMNS, HEADINGS, MEASURED, PATH_LENGTH, Board, Skipped
+from .figures import LARGEST, family, family_styles
 
 TEMPLATE = Path(__file__).with_name("page.html")
 DETAILS = ("folder", "device", "top_k")  # columns shown in the tooltip of a run
 UNITS = {"parameters": "×", "bytes": "×"}
 DIGITS = {"parameters": 2, "bytes": 2, "seconds": 2, "memory": 0, "throughput": 0}  # 1 for other columns
-HEADINGS = {"memory": "memory (MB)", "throughput": "samples/s"}
 BYTE_TOLERANCE = 0.005  # byte ratios that differ less from the parameter ratio are not shown
+# text that spreadsheets take for a formula, also in full width
+FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]|[\t\r\n]")
 ESCAPES = str.maketrans(
     {character: f"\\{character}" for character in "{}&%$#_"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "`": r"\textasciigrave{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\char34{}"}
+    | {"[": "{[}", "*": "{*}"}  # after the end of a row they are its options
     | {"λ": r"$\lambda$", "†": r"$^\dagger$", "×": r"$\times$"}
 )
 
@@ -38,11 +42,8 @@ def shown_columns(board: Board) -> list[str]:
 
 def formatted(board: Board) -> pd.DataFrame:
     """The `shown_columns` as strings, one row for each run; missing values are empty strings."""
-    text = pd.DataFrame(index=board.table.index)
-    for column in shown_columns(board):
-        unit, digits = UNITS.get(column, ""), DIGITS.get(column, 1)
-        text[column] = ["" if pd.isna(v) else f"{v:.{digits}f}{unit}" for v in board.table[column]]
-    return text
+    text = {column: [_formatted_number(v, column) for v in board.table[column]] for column in shown_columns(board)}
+    return pd.DataFrame(text, index=board.table.index)
 
 
 def best_cells(board: Board) -> pd.DataFrame:
@@ -64,11 +65,12 @@ def best_cells(board: Board) -> pd.DataFrame:
 def rich_table(board: Board, tasks: bool = True) -> Table:
     """The board as a table for the terminal, with or without the single tasks, the best cells in bold."""
     text, best = formatted(board), best_cells(board)
-    text = text if tasks else text.drop(columns=board.tasks)
-    table = Table(title=board.benchmark, caption="; ".join(board.notes) or None, caption_justify="left")
+    text = text if tasks else text.drop(columns=board.tasks, errors="ignore")
+    title, notes = Text(board.benchmark, style="table.title"), Text("; ".join(board.notes), style="table.caption")
+    table = Table(title=title, caption=notes if notes else None, caption_justify="left")
     table.add_column("method", no_wrap=True)
     for column in text.columns:
-        table.add_column(HEADINGS.get(column, column), justify="right")
+        table.add_column(Text(HEADINGS.get(column, column)), justify="right")
     for row in text.index:
         cells = [Text(text.at[row, c], style="bold" if best.at[row, c] else "") for c in text.columns]
         style = "" if board.table.at[row, "origin"] == MEASURED else "dim"
@@ -80,15 +82,22 @@ def markdown(board: Board, title: bool = True) -> str:
     """The board as a Markdown table with its notes, optionally under its title, the best cells in bold."""
     text, best = formatted(board), best_cells(board)
     table = text.where(~best, "**" + text + "**")
-    table.insert(0, "method", board.table["method"].astype(str))
-    heading = [f"## {board.benchmark}", ""] if title else []
+    table.columns = [escape_markdown(HEADINGS.get(column, column)) for column in table.columns]
+    table.insert(0, "method", board.table["method"].map(escape_markdown))
+    heading = [f"## {escape_markdown(board.benchmark)}", ""] if title else []
     notes = [line for note in board.notes for line in ("", f"{note[0].upper()}{note[1:]}.")]
-    return "\n".join([*heading, markdown_table(table.rename(columns=HEADINGS)), *notes, ""])
+    return "\n".join([*heading, markdown_table(table), *notes, ""])
 
 
 def csv(boards: list[Board]) -> str:
-    """All boards as one CSV file with all columns, unrounded, and the column ``benchmark``."""
-    return pd.concat([board.table.assign(benchmark=board.benchmark) for board in boards]).to_csv(index=False)
+    """All boards as one CSV file with all columns, unrounded, and the column ``benchmark``.
+
+    An apostrophe precedes text that spreadsheets would run as a formula.
+    """
+    table = pd.concat([board.table.assign(benchmark=board.benchmark) for board in boards], ignore_index=True)
+    for column in table.select_dtypes(exclude="number"):
+        table[column] = table[column].map(_without_formula)
+    return table.rename(columns=_without_formula).to_csv(index=False)
 
 
 def latex(board: Board) -> str:
@@ -109,16 +118,29 @@ def page(boards: Sequence[Board], skipped: Sequence[Skipped] = (), title: str = 
         "families": {name: {"color": color, "marker": marker} for name, (color, marker) in styles},
         "boards": [_board_data(board) for board in boards],
     }
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE.read_text())
-    return template.render(
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["printable"] = lambda text: printable(text, PATH_LENGTH)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title, skipped=skipped, written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         # inside <script> only "<" could end the data
         data=jinja2.utils.markupsafe.Markup(json.dumps(data, allow_nan=False).replace("<", "\\u003c")),
     )  # fmt: skip
 
 
+def _formatted_number(value: float, column: str) -> str:
+    if pd.isna(value):
+        return ""
+    template = "{:.{}f}{}" if abs(value) < LARGEST else "{:.3g}{}"
+    digits = [DIGITS.get(column, 1)] if abs(value) < LARGEST else []
+    return template.format(value, *digits, UNITS.get(column, ""))
+
+
+def _without_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
+
+
 def _escape(text: str) -> str:
-    return text.translate(ESCAPES)
+    return re.sub("-(?=-)", "-{}", text.translate(ESCAPES))  # two hyphens would be a dash
 
 
 def _board_data(board: Board) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from ..io import markdown_table
 from .labels import label_of
-from .plotting import STYLES, grouped_bars, heatmap, panels, render_figure, save_figure
+from .plotting import STYLES, figure_text, grouped_bars, heatmap, panels, render_figure, save_figure
 from .report import (
     REPORT_FILE,
     Environment,
@@ -22,6 +22,7 @@ from .resources import ResourceMeter, environment, git_revision
 
 __all__ = [
     "REPORT_FILE", "STYLES", "Environment", "LayerRouting", "ReportError", "ResourceMeter", "Routing", "RunReport",
-    "Stage", "TaskResult", "UnusedChange", "average_of", "environment", "fingerprint", "git_revision", "grouped_bars",
-    "heatmap", "label_of", "markdown_table", "panels", "render_figure", "retention_of", "save_figure", "task_results",
+    "Stage", "TaskResult", "UnusedChange", "average_of", "environment", "figure_text", "fingerprint", "git_revision",
+    "grouped_bars", "heatmap", "label_of", "markdown_table", "panels", "render_figure", "retention_of", "save_figure",
+    "task_results",
 ]  # fmt: skip

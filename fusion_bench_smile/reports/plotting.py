@@ -1,6 +1,7 @@
 """Styles and helpers shared by the figures of leaderboards and studies."""
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from ..io import write_atomically
+from ..io.tables import printable
 
 # colour and marker; the colours are distinguishable with colour vision deficiency (Okabe and Ito)
 STYLES = (
@@ -19,21 +21,37 @@ STYLES = (
     ("#7f7f7f", "P"), ("#000000", "*"), ("#999933", "h"), ("#882255", "<"), ("#44aa99", ">"),
 )  # fmt: skip
 FORMATS = ("png", "svg")
+LONGEST_SIDE = 100.0  # inches; matplotlib refuses images of more than 65,536 pixels
+NAME_LENGTH = 60  # characters
 
 
 def panels(width: float, height: float, *grid: int, **options: Any) -> tuple[Figure, Any]:
-    """A figure of a size in inches, and its panel, or its array of panels; options are those of `Figure.subplots`."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    """A figure of a size in inches, and its panel, or its array of panels; options are those of `Figure.subplots`.
+
+    No side is longer than `LONGEST_SIDE`.
+    """
+    figure = Figure(figsize=(min(width, LONGEST_SIDE), min(height, LONGEST_SIDE)), layout="constrained")
     return figure, figure.subplots(*grid, **options)
 
 
+def figure_text(value: object) -> str:
+    """The text of a value as matplotlib draws it literally: one line, no formulas, and not left out of legends."""
+    line = printable(value, NAME_LENGTH).replace("$", r"\$")
+    return f" {line}" if not line or line.startswith("_") else line
+
+
 def render_figure(figure: Figure) -> dict[str, bytes]:
-    """The contents of an image file for each of `FORMATS`, at 150 dpi."""
+    """The contents of an image file for each of `FORMATS`, at 150 dpi.
+
+    Characters that the font lacks are drawn as boxes.
+    """
     contents = {}
-    for suffix in FORMATS:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix, dpi=150)
-        contents[suffix] = buffer.getvalue()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .*missing from")
+        for suffix in FORMATS:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=suffix, dpi=150)
+            contents[suffix] = buffer.getvalue()
     return contents
 
 
@@ -50,8 +68,10 @@ def grouped_bars(axis: Axes, table: pd.DataFrame, colors: Sequence[str]) -> None
     width, positions = 0.84 / len(table.columns), np.arange(len(table))
     for number, (column, color) in enumerate(zip(table.columns, colors, strict=False)):
         shifted = positions + (number - (len(table.columns) - 1) / 2) * width
-        axis.bar(shifted, table.iloc[:, number], width, label=column, color=color, edgecolor="w", linewidth=0.4)
-    axis.set_xticks(positions, table.index)
+        axis.bar(
+            shifted, table.iloc[:, number], width, label=figure_text(column), color=color, edgecolor="w", linewidth=0.4
+        )
+    axis.set_xticks(positions, [figure_text(name) for name in table.index])
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
 

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
+import re
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..exceptions import SmileError
 from ..io import write_atomically
+from ..io.locks import folder_lock
+from ..io.tables import printable
 
 REPORT_FILE = "smile_report.json"
 SCHEMA_VERSION = 1
+LARGEST_FILE = 64 * 2**20  # bytes; a report of a thousand layers has less than one MiB
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Difference = Annotated[int, Field(gt=-(2**63), lt=2**63)]
 PERCENT_SCALES = {"accuracy": 100.0, "spearman_rho": 100.0}  # task pools give these metrics as fractions
 RESERVED_ENTRIES = ("average", "model_info", "run")  # entries of a task pool's report that are no tasks
 
 
 class ReportError(SmileError):
-    """A report is missing, damaged, or of an unsupported schema version."""
+    """A report is missing, damaged, of an unsupported schema version, or can't be written."""
 
 
 class _Section(BaseModel):
@@ -35,7 +41,7 @@ class TaskResult(_Section):
 
     metric: str  # of the score, e.g. accuracy
     score: float | None  # % for accuracy, 100 ρ for spearman_rho, else as the task pool gives it; None if undefined
-    samples: int | None = None  # evaluated samples; None if the task pool does not report them
+    samples: Count | None = None  # evaluated samples; None if the task pool does not report them
     metrics: dict[str, float | None] = Field(default_factory=dict)  # all numbers of the task pool, unscaled
 
 
@@ -43,8 +49,8 @@ class Stage(_Section):
     """Resource usage of one stage of a run: construction or evaluation."""
 
     seconds: float  # wall-clock time of the first process
-    peak_host_bytes: int | None = None  # peak resident memory beyond that at the start; None if it can't be measured
-    peak_device_bytes: int | None = None  # the same for the accelerator; None without one
+    peak_host_bytes: Difference | None = None  # peak resident memory beyond that at the start; None if not measurable
+    peak_device_bytes: Difference | None = None  # the same for the accelerator; None without one
 
     @property
     def peak_megabytes(self) -> float | None:
@@ -107,18 +113,18 @@ class RunReport(_Section):
     average: float | None = None  # mean score of the tasks; None if a score is undefined
     retention: float | None = None  # average in % of the individual models' average; None if that is unknown
     objective: float | None = None  # what hyperparameter optimisation maximises, in %
-    parameters: int | None = None  # of the evaluated model; the sum over all models for individual ones
-    pretrained_parameters: int | None = None
-    bytes: int | None = None  # of the parameters in their stored dtypes
-    pretrained_bytes: int | None = None
+    parameters: Count | None = None  # of the evaluated model; the sum over all models for individual ones
+    pretrained_parameters: Count | None = None
+    bytes: Count | None = None  # of the parameters in their stored dtypes
+    pretrained_bytes: Count | None = None
     construction: Stage | None = None
     evaluation: Stage | None = None
     samples_per_second: float | None = None  # in the evaluation, by all processes, data loading included
     routing: Routing | None = None  # None for models without routers
     unused_change: UnusedChange | None = None  # None for models that are not upscaled, and where it is unknown
     environment: Environment
-    started: datetime  # UTC
-    finished: datetime  # UTC
+    started: AwareDatetime  # UTC
+    finished: AwareDatetime  # UTC
 
     @model_validator(mode="after")
     def _check_error(self) -> RunReport:
@@ -139,38 +145,71 @@ class RunReport(_Section):
     def write(self, folder: Path) -> Path:
         """Write the report into a folder, created if missing, atomically; the file is returned.
 
-        An existing report of another configuration is renamed to ``smile_report-<fingerprint>.json``.
-        Raises OSError if the folder is not writable.
+        An existing report of another configuration is kept in ``smile_report-<fingerprint>.json``, also where several
+        processes write at once. There is a report at any time once there was one.
+        Raises ReportError if nothing can be written there.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         file = folder / REPORT_FILE
-        with suppress(ReportError):
-            if (existing := RunReport.read(file).fingerprint) != self.fingerprint:
-                os.replace(file, folder / f"{REPORT_FILE.removesuffix('.json')}-{existing}.json")
-        write_atomically(file, self.model_dump_json(indent=1))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with folder_lock(folder):
+                self._keep_other(file)
+                write_atomically(file, self.model_dump_json(indent=1))
+        except OSError as error:
+            reason = f"{error.strerror or error}: choose another folder, or make room"
+            raise ReportError(f"the report can't be written to {printable(folder)}: {reason}") from None
         return file
+
+    def _keep_other(self, file: Path) -> None:
+        """Copy the report of another configuration, if `file` is one, to a file with its fingerprint."""
+        with suppress(ReportError):
+            content = _read_file(file)
+            other = _parse(content).fingerprint
+            if other != self.fingerprint:
+                safe = other if re.fullmatch(r"[\w-]{1,64}", other) else fingerprint({"fingerprint": other})
+                write_atomically(file.with_name(f"{file.stem}-{safe}.json"), content)
 
     @classmethod
     def read(cls, file: Path) -> RunReport:
         """Read a report.
 
-        Raises ReportError if the file is missing, is no JSON, has another schema version, or violates the schema.
+        Raises ReportError if the file is missing, is no JSON, has another schema version, or violates the schema. Its
+        message has one line and does not name the file.
         """
-        try:
-            values = json.loads(file.read_bytes())
-        except FileNotFoundError:
-            raise ReportError("no report: the run was killed, or still goes on") from None
-        except (OSError, ValueError) as error:
-            raise ReportError(f"the report can't be read: {error}") from None
-        version = values.get("schema_version") if isinstance(values, dict) else None
-        if version != SCHEMA_VERSION:
-            raise ReportError(f"its schema version is {version}, supported is {SCHEMA_VERSION}: run it again")
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            location = ".".join(str(part) for part in first["loc"]) or "the report"
-            raise ReportError(f"{location}: {first['msg']}") from None
+        return _parse(_read_file(file))
+
+
+def _read_file(file: Path) -> bytes:
+    """The content of a report's file. Raises ReportError if it is missing, unreadable, no regular file or too large."""
+    try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+            raise ReportError("the report can't be read: it is no regular file")
+        if status.st_size > LARGEST_FILE:
+            raise ReportError(f"the report can't be read: it has more than {LARGEST_FILE:,} bytes")
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise ReportError("no report: the run was killed, or still goes on") from None
+    except OSError as error:
+        raise ReportError(f"the report can't be read: {error.strerror or error}") from None
+
+
+def _parse(content: bytes) -> RunReport:
+    """The report in the content of a file. Raises ReportError, see `RunReport.read`."""
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ReportError(f"the report can't be read: {printable(error)}") from None
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if version != SCHEMA_VERSION:
+        shown = printable(version, 20) if isinstance(version, (str, int, float, type(None))) else "no number"
+        raise ReportError(f"its schema version is {shown}, supported is {SCHEMA_VERSION}: run it again")
+    try:
+        return RunReport.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        location = ".".join(printable(part, 60) for part in first["loc"]) or "the report"
+        raise ReportError(f"{location}: {printable(first['msg'])}") from None
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
@@ -198,20 +237,24 @@ def task_results(report: Mapping[str, Any]) -> dict[str, TaskResult]:
 
 
 def average_of(tasks: Mapping[str, TaskResult]) -> float | None:
-    """Mean score of some tasks; None if one is undefined, or without tasks."""
+    """Mean score of some tasks; None if one is undefined, without tasks, and beyond the range of floats."""
     scores = [task.score for task in tasks.values() if task.score is not None]
-    return sum(scores) / len(scores) if scores and len(scores) == len(tasks) else None
+    return _finite(sum(scores) / len(scores)) if scores and len(scores) == len(tasks) else None
 
 
 def retention_of(tasks: Mapping[str, TaskResult], individual: Mapping[str, TaskResult]) -> float | None:
     """Retention: the mean score in percent of the individual models' mean score on the same tasks.
 
-    None if a score is undefined, or a task of the merged model is missing in `individual`.
+    None if a score is undefined, a task of the merged model is missing in `individual`, or beyond the range of floats.
     """
     if not set(tasks) <= set(individual):
         return None
     average, reference = average_of(tasks), average_of({name: individual[name] for name in tasks})
-    return None if average is None or not reference else 100 * average / reference
+    return None if average is None or not reference else _finite(100 * average / reference)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _ratio(size: int | None, pretrained: int | None) -> float | None:
@@ -219,6 +262,6 @@ def _ratio(size: int | None, pretrained: int | None) -> float | None:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float | None]:
-    """The numeric entries; None and NaN become None."""
+    """The numeric entries; None, NaN and infinite ones become None."""
     numbers = {key: value for key, value in values.items() if value is None or isinstance(value, (int, float))}
-    return {key: None if value is None or value != value else float(value) for key, value in numbers.items()}
+    return {key: None if value is None else _finite(float(value)) for key, value in numbers.items()}

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import json
+from datetime import datetime, timezone
+
 import pytest
 from conftest import experts_of, mlp
+from omegaconf import OmegaConf
 from sample_reports import report
 
 from fusion_bench_smile import upscale
-from fusion_bench_smile.framework import objective_of
-from fusion_bench_smile.framework.program import unused_change
-from fusion_bench_smile.reports import RunReport
+from fusion_bench_smile.framework import ReportingFusionProgram, objective_of
+from fusion_bench_smile.framework.program import _write_task_report, unused_change
+from fusion_bench_smile.reports import REPORT_FILE, ReportError, RunReport
+
+
+def test_a_failure_is_recorded_or_logged(tmp_path, caplog):
+    """The error of the run is raised in any case, see `ReportingFusionProgram`."""
+    entries = OmegaConf.create({"method": {"_target_": "some.Method"}, "modelpool": {"_target_": "some.Pool"}})
+    program = ReportingFusionProgram(**entries, print_config=False)
+    now, error = datetime.now(timezone.utc), RuntimeError("out of memory")
+    program._record_failure(tmp_path / "run", now, error)
+    assert RunReport.read(tmp_path / "run" / REPORT_FILE).error == "RuntimeError: out of memory"
+    program._record_failure(tmp_path / "run" / REPORT_FILE / "below", now, error)
+    assert "the report can't be written to" in caplog.text
+
+
+def test_the_report_of_a_task_pool(tmp_path):
+    _write_task_report({"a": {"accuracy": 0.5}}, tmp_path / "new" / "report.json")
+    assert json.loads((tmp_path / "new" / "report.json").read_text()) == {"a": {"accuracy": 0.5}}
+    with pytest.raises(ReportError, match=r"report.json/x can't be written: (File exists|Not a directory): choose"):
+        _write_task_report({}, tmp_path / "new" / "report.json" / "x")
 
 
 @pytest.mark.parametrize(

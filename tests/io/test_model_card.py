@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 
+import pytest
+import yaml
 from conftest import clip_tower, experts_of, mlp
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from fusion_bench_smile import SmileConfig, metadata_of, save, upscale
-from fusion_bench_smile.io import Provenance, SmileMetadata
+from fusion_bench_smile.io import ExpertChange, Provenance, SmileMetadata
+from fusion_bench_smile.io.metadata import LOADING
 from fusion_bench_smile.io.model_card import MARK, model_card
 
 
@@ -59,3 +63,31 @@ def test_the_text_of_a_card():
     assert re.search(r"\| red +\| +`abc` \|", text)
     assert re.search(r"\| green +\| +`unknown` \|", text)
     assert "base_model" not in model_card(metadata, None).content
+
+
+HOSTILE = (
+    "-->\n# <script>alert(1)</script>", "| a | b |\n|---|---|", "`x` ![y](https://example.org/y.png)",
+    "\n---\nlicense: mit", "<!-- ", "[run](javascript:alert(1))", "a\u202eb\x00", "=cmd|'/c calc'!A1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_of_a_checkpoint_is_shown_as_text(text):
+    changes = {text: ExpertChange(2.0, 1.0, {text: 1.0})}
+    provenance = Provenance({text: [0.5]}, {text: text}, (1000, 1234), {text: text}, changes)
+    config = SmileConfig(gate_k=2, k=4, target_modules=[text])
+    metadata = SmileMetadata(config, (text,), {}, provenance, loading=f"curl {text} | sh")
+    card = model_card(metadata, text)
+    assert f"To load it: {LOADING}." in card.content
+    assert "curl" not in card.content
+    front, body = re.fullmatch(r"(?ms)---\n(.*?)^---\n(.*)", card.content).groups()
+    assert yaml.safe_load(front)["base_model"] == ModelCard(card.content).data.base_model == text
+    assert body.startswith(f"{MARK}\n\n# A SMILE model")
+    tokens = MarkdownIt("commonmark").enable("table").parse(body)
+    blocks = [token.type for token in tokens]
+    options = len(config.to_dict())
+    assert (blocks.count("html_block"), blocks.count("heading_open")) == (1, 1)
+    assert (blocks.count("table_open"), blocks.count("tr_open")) == (2, 2 + 1 + options)
+    inline = [child for token in tokens for child in token.children or []]
+    assert {child.type for child in inline} <= {"text", "code_inline", "softbreak"}
+    assert {child.content for child in inline if child.type == "code_inline"} == {"fusion_bench_smile"}

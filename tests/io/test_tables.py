@@ -1,10 +1,17 @@
-"""Markdown tables."""
+"""Markdown tables, and any text in them as GitHub shows it."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pandas as pd
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from fusion_bench_smile.io import markdown_table
+from fusion_bench_smile.io.tables import escape_markdown, printable
 
 
 def cells(line: str) -> list[str]:
@@ -30,3 +37,71 @@ def test_separators_are_escaped():
     head, _, row = markdown_table(frame, index=True).splitlines()
     assert cells(head) == [r"e\|f", "method", r"\|x\|"]
     assert cells(row) == [r"c\|d", r"‖a\|b‖", "1.0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("SMILE (gate_k=4, λ=0.3) †", "SMILE (gate_k=4, λ=0.3) †"),
+        ("a\nb\tc\x00", r"a\nb\tc\x00"),
+        ("\u202eright to left\u2028", r"\u202eright to left\u2028"),
+        ("\ud800", r"\ud800"),
+        ("98\xa0%", "98 %"),
+        (10**400, "1" + 198 * "0" + "…"),
+        (None, "None"),
+    ],
+)
+def test_text_in_one_line(text, line):
+    assert printable(text) == line
+
+
+@given(st.text(), st.integers(1, 40))
+def test_printable_text(text, limit):
+    line = printable(text, limit)
+    assert line.isprintable()
+    assert len(line) <= limit
+    assert printable(line, limit) == line
+
+
+MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+OPENERS = ("th_open", "td_open", "heading_open")
+
+
+def shown(markdown: str) -> list[str]:
+    """The text of the cells and headings, in which nothing is formatted, linked or taken for HTML."""
+    tokens = MARKDOWN.parse(markdown)
+    parts = [part for opener, part in pairwise(tokens) if opener.type in OPENERS]
+    assert len(parts) == sum(token.type == "inline" for token in tokens)
+    assert {child.type for part in parts for child in part.children} <= {"text"}
+    return ["".join(child.content for child in part.children) for part in parts]
+
+
+MARKUP = st.text("*_`~[]()!<>&|\\$#:/-+=.w ab1\n", max_size=12)
+
+
+@given(st.text() | MARKUP, st.text() | MARKUP)
+@example("![x](https://example.org/x.png)", "<img src=x onerror=alert(1)>")
+@example("a|b`c", "`a|b` \\|")
+@example("__init__", "&lt; &#124;")
+@example("https://example.org", "www.example.org")
+def test_text_is_shown_as_it_is(cell, title):
+    table = markdown_table(pd.DataFrame({"x": [escape_markdown(cell), "last"]}))
+    heading = f"## {escape_markdown(title)}"
+    assert len(table.splitlines()) == 4
+    assert shown(f"{heading}\n\n{table}\n") == [
+        " ".join(part.split(" ")).strip(" ") for part in (printable(title), "x", printable(cell), "last")
+    ]
+    assert "http://" not in heading
+    assert "https://" not in heading + table
+    assert "www." not in heading + table
+
+
+def test_usual_names_are_readable_in_the_source():
+    for text in ("SMILE (gate_k=4, k=8, ≤1.25×)", "layers.0.fc1_weight", "fusion-bench-smile 0.1.0", "‖Δ‖² 3.5 %"):
+        assert escape_markdown(text) == text
+
+
+def test_line_breaks_stay_in_their_cell():
+    frame = pd.DataFrame({"a\nb": ["c\r\nd"]}, index=pd.Index(["e\u2028f"], name="g\vh"))
+    head, _, row = markdown_table(frame, index=True).splitlines()
+    assert (cells(head), cells(row)) == (["g h", "a b"], ["e f", "c d"])

@@ -103,6 +103,18 @@ def test_bytes_are_sorted_ascending_without_a_best_cell(browser, tmp_path):
 
 
 @needs_browser
+def test_enormous_scores_leave_room_for_the_others(browser, tmp_path):
+    write_run(tmp_path, "usual", 60, 40, 150)
+    write_run(tmp_path, "enormous", 0, 0, 150, tasks=accuracies(a=1e300, b=1.0))
+    file = tmp_path / "page.html"
+    file.write_text(page(*leaderboard([tmp_path])))
+    browser.get(file.as_uri())
+    (section,) = browser.find_elements(By.TAG_NAME, "section")
+    assert "1.00e+300" in [cell.text for cell in section.find_elements(By.CSS_SELECTOR, "tbody td")]
+    assert len(section.find_elements(By.CSS_SELECTOR, ".point")) == 1
+
+
+@needs_browser
 def test_filtering(opened):
     count = opened.find_element(By.ID, "count")
     assert count.text == "24 of 24 rows"
