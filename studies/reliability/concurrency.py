@@ -10,14 +10,14 @@ from pathlib import Path
 from fusion_bench_smile.reports import RunReport
 from studies.reliability.children import Child, Send
 from studies.reliability.outcomes import RIGHT, Outcome, check, combined, judge, other
-from studies.reliability.run_reports import report_targets, report_values
+from studies.reliability.run_reports import report_target, report_values
 from studies.reliability.runner import Case, Part, Trial
 from studies.reliability.targets import NUM_VERSIONS, Target, all_targets, leftovers, sampled
 
 COUNTS = {
     "save, shards": 40, "save, other numbers of shards": 20, "save, router for whole inputs": 20,
     "save, not of transformers": 40, "upscale_to_folder": 20, "export_adapters": 40, "FactorCache": 40,
-    "RunReport.write": 60, "smile-leaderboard": 5,
+    "RunReport.write": 60,
 }  # fmt: skip
 OTHER_RUNS = "RunReport.write, other configurations"
 REPEATS = 2  # of each process
@@ -26,7 +26,7 @@ START = 0.05  # seconds until all processes begin
 
 def prepare(folder: Path) -> dict[str, Target]:
     """All targets."""
-    return sampled({**all_targets(folder), **report_targets(folder)}, folder)
+    return sampled({**all_targets(folder), "RunReport.write": report_target()}, folder)
 
 
 def attempt(prepared: dict[str, Target], case: Case, name: str) -> Iterator[Outcome]:
@@ -34,9 +34,8 @@ def attempt(prepared: dict[str, Target], case: Case, name: str) -> Iterator[Outc
     target, path = prepared[name], case.folder / "deep" / "target"
     if case.random.random() < 0.5:
         target.begin(path)
-    slow = name == "smile-leaderboard"
-    versions = range(NUM_VERSIONS - slow)
-    outcomes = _together([partial(target.write, path, version) for version in versions], 1 if slow else REPEATS)
+    versions = range(NUM_VERSIONS)
+    outcomes = _together([partial(target.write, path, version) for version in versions], REPEATS)
     yield combined(
         [*outcomes, judge(lambda: target.examine(path, versions), lambda found: found), leftovers(case.folder)]
     )

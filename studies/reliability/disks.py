@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from studies.reliability.outcomes import RIGHT, Outcome, combined, judge
-from studies.reliability.run_reports import report_targets
+from studies.reliability.run_reports import leaderboard_target, report_target
 from studies.reliability.runner import Case, Part, Trial
 from studies.reliability.targets import Target, all_targets, leftovers, sampled
 
@@ -31,7 +31,8 @@ class Limited(NamedTuple):
 
 def prepare(folder: Path) -> dict[str, Limited]:
     """All targets, each written once."""
-    targets = sampled({**all_targets(folder), **report_targets(folder)}, folder)
+    reports = {"RunReport.write": report_target(), "smile-leaderboard": leaderboard_target(folder)}
+    targets = sampled({**all_targets(folder), **reports}, folder)
     return {name: Limited(targets[name], _largest_file(targets[name].sample)) for name in COUNTS}
 
 

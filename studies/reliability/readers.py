@@ -18,7 +18,7 @@ from studies.reliability.outcomes import Outcome, check, judge
 from studies.reliability.runner import Case, Part, Trial
 from studies.reliability.targets import Target, checkpoint_targets, sampled
 
-LOADS = 3  # in a session, during which a writer and an observer are at work
+LOADS = 2  # in a session, during which a writer and an observer are at work
 PAUSE = 0.05  # seconds between two writes, at most
 
 
@@ -84,5 +84,5 @@ def _observe(path: Path, send: Send) -> None:
 
 
 PART = Part(
-    "readers", prepare, {name: Trial(partial(attempt, session=session), 60) for name, session in SESSIONS.items()}
+    "readers", prepare, {name: Trial(partial(attempt, session=session), 50) for name, session in SESSIONS.items()}
 )

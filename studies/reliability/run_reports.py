@@ -40,22 +40,20 @@ def leaderboard_command() -> Callable[[list[str]], None]:
     return main
 
 
-def report_targets(folder: Path) -> dict[str, Target]:
-    """A run's report, and the output of the leaderboard for other runs."""
+def report_target() -> Target:
+    """A run's report."""
     reports = [RunReport.model_validate(report_values(average=70.0 + version)) for version in range(NUM_VERSIONS)]
 
     def read(path: Path) -> dict[str, str]:
         file = path / REPORT_FILE
         return {"report": RunReport.read(file).model_dump_json()} if file.exists() else {}
 
-    stored = Target(
-        lambda path, version: reports[version].write(path), read,
-        [{"report": report.model_dump_json()} for report in reports],
-    )  # fmt: skip
-    return {"RunReport.write": stored, "smile-leaderboard": _leaderboard(folder)}
+    versions = [{"report": report.model_dump_json()} for report in reports]
+    return Target(lambda path, version: reports[version].write(path), read, versions)
 
 
-def _leaderboard(folder: Path) -> Target:
+def leaderboard_target(folder: Path) -> Target:
+    """What ``smile-leaderboard --output`` writes for some runs."""
     command, labels = leaderboard_command(), [f"SMILE {version}" for version in range(NUM_VERSIONS)]
 
     def write(path: Path, version: int) -> None:
