@@ -19,7 +19,7 @@ from studies.reliability.runner import Case, Part, Trial
 from studies.reliability.targets import Target, checkpoint_targets, sampled
 
 LOADS = 2  # in a session, during which a writer and an observer are at work
-PAUSE = 0.05  # seconds between two writes, at most
+PAUSES = {"writer": 0.15, "reader": 0.05}  # seconds between two writes and two loads, at most
 
 
 class Session(NamedTuple):
@@ -60,10 +60,10 @@ def attempt(prepared: dict[str, Target], case: Case, session: Session) -> Iterat
     writer = Child(lambda send: _replace_for_ever(target, path, case))
     observer = Child(lambda send: _observe(path, send))
     for _ in range(LOADS):
+        time.sleep(case.random.uniform(0, PAUSES["reader"]))
         yield judge(
             lambda: session.read(path), lambda found: check(found in expected, "another model"), session.allowed
         )
-        time.sleep(case.random.uniform(0, PAUSE))
     observer.kill()
     yield check(not list(observer.values()), "the path was absent")
     yield check(writer.end() < 0, "the writer failed")
@@ -74,7 +74,7 @@ def _replace_for_ever(target: Target, path: Path, case: Case) -> None:
     while True:
         version = 1 - version
         target.write(path, version)
-        time.sleep(case.random.uniform(0, PAUSE))
+        time.sleep(case.random.uniform(0, PAUSES["writer"]))
 
 
 def _observe(path: Path, send: Send) -> None:

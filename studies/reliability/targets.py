@@ -78,7 +78,7 @@ def sampled(targets: Mapping[str, Target], folder: Path) -> dict[str, Target]:
 
 def leftovers(folder: Path) -> Outcome:
     """Right if a folder and its subfolders hold no temporary entry."""
-    found = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.name.startswith(".")]
+    found = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.name.startswith((".", "tmp"))]
     return check(not found, f"temporary entries stay: {found}")
 
 
