@@ -80,7 +80,7 @@ def projection(plan: Plan, factorization: float, options: argparse.Namespace) ->
     """
     size = plan.layers[0].itemsize
     base = size * plan.parameters
-    added = size * sum(layer.max_added_parameters(options.experts) for layer in plan.layers)
+    added = size * plan.max_added_parameters
     experts = size * options.experts * sum(tensor.numel() for tensor in plan.tensors.values())
     working = plan.num_workers(torch.device(options.device)) * max(layer.working_bytes for layer in plan.layers)
     lines = [

@@ -1,22 +1,36 @@
 """SMILE for the fusion-bench framework: zero-shot sparse mixture of low-rank experts (arXiv 2408.10174).
 
 Importing this package registers the checkpoint format with transformers, so that ``from_pretrained`` loads upscaled
-models.
+models. Public names are imported when they are first used: torch and transformers take seconds.
 """
 
+import importlib.util
+import sys
+from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING
 
+from ._lazy import lazy_names
 from ._version import __version__
-from .config import SmileConfig
-from .construction import FactorCache, add_expert, calibrate, plan_upscaling, remove_expert, upscale, upscale_to_folder
-from .exceptions import CheckpointError, ConfigError, PlanError, SmileError
-from .io import load, metadata_of, save, verify_checkpoint
-from .nn import RoutedLayer, SmileLinear, as_expert, choose_experts, record_choices, record_routing, use_experts
 
 if TYPE_CHECKING:
+    from .config import SmileConfig
+    from .construction import (
+        FactorCache,
+        add_expert,
+        calibrate,
+        plan_upscaling,
+        remove_expert,
+        upscale,
+        upscale_to_folder,
+    )
+    from .exceptions import CheckpointError, ConfigError, PlanError, SmileError
     from .framework.method import SmileUpscalingAlgorithm
-    from .io import export_adapters
+    from .io import export_adapters, load, metadata_of, save, verify_checkpoint
+    from .nn import RoutedLayer, SmileLinear, as_expert, choose_experts, record_choices, record_routing, use_experts
 
 __all__ = [
     "CheckpointError", "ConfigError", "FactorCache", "PlanError", "RoutedLayer", "SmileConfig", "SmileError",
@@ -24,10 +38,48 @@ __all__ = [
     "export_adapters", "load", "metadata_of", "plan_upscaling", "record_choices", "record_routing", "remove_expert",
     "save", "upscale", "upscale_to_folder", "use_experts", "verify_checkpoint",
 ]  # fmt: skip
+__getattr__ = lazy_names(__name__, {
+    "config": ("SmileConfig",),
+    "construction": (
+        "FactorCache", "add_expert", "calibrate", "plan_upscaling", "remove_expert", "upscale", "upscale_to_folder",
+    ),
+    "exceptions": ("CheckpointError", "ConfigError", "PlanError", "SmileError"),
+    "framework.method": ("SmileUpscalingAlgorithm",),
+    "io": ("export_adapters", "load", "metadata_of", "save", "verify_checkpoint"),
+    "nn": (
+        "RoutedLayer", "SmileLinear", "as_expert", "choose_experts", "record_choices", "record_routing", "use_experts",
+    ),
+})  # fmt: skip
+HOOK, MODELING = f"{__name__}.io.transformers_hook", "transformers.modeling_utils"
 
 
-def __getattr__(name: str) -> Any:
-    # the framework and PEFT take seconds to import, and the library works without them
-    if name in (lazy := {"SmileUpscalingAlgorithm": "framework.method", "export_adapters": "io.peft_export"}):
-        return getattr(import_module(f".{lazy[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _RegistrationFinder(MetaPathFinder):
+    """Has the import of transformers' models register the checkpoint format, whichever is imported first."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The specification of one module, which imports the registration after itself; None for all others."""
+        if name != MODELING:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                import_module(HOOK)
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if MODELING in sys.modules:
+    import_module(HOOK)
+else:
+    sys.meta_path.insert(0, _RegistrationFinder())

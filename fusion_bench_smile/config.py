@@ -19,6 +19,17 @@ ExpertParameters = Literal["layers", "norms", "all"]
 Allocation = Literal["uniform", "energy", "gain"]
 Storage = Literal["same", "int8"]
 
+# the framework's methods for language models (`SmileMistralUpscalingAlgorithm`, …) have other names for these options
+FRAMEWORK_NAMES = {
+    "num_experts_per_tok": "top_k", "rank_of_router": "gate_k", "rank_of_expert": "k",
+    "accelerator": "upscaling_accelerator", "model_save_path": "model_path",
+}  # fmt: skip
+# and these, which this library answers in another way
+FRAMEWORK_ONLY = {
+    "save_with_remote_code": "checkpoints hold no code, transformers loads them after `import fusion_bench_smile`",
+    "model_type": "layers of every architecture are upscaled",
+    "model_dtype": "the result has the dtype of the pretrained model, e.g. modelpool.model_kwargs.torch_dtype=bfloat16",
+}
 NEEDS_TWO_PASS: dict[str, Any] = {"noise_baseline": False, "expert_parameters": "layers", "refuse_unknown": False}
 
 
@@ -183,6 +194,24 @@ class SmileConfig:
         if config is not None and options:
             raise ConfigError(f"give either config or keywords, not both (got {', '.join(options)})")
         return config or cls.from_dict(options)
+
+
+def with_own_names(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without the names of the framework's methods for language models, see `FRAMEWORK_NAMES`.
+
+    An option that is None under such a name is not given, and any other value takes the place of the default.
+    Raises ConfigError if an option has two values, its default aside.
+    """
+    names = {name: own for name, own in FRAMEWORK_NAMES.items() if options.get(name) is not None}
+    result = {name: value for name, value in options.items() if name not in (*FRAMEWORK_NAMES, *FRAMEWORK_ONLY)}
+    for name, own in names.items():
+        value = options[name]
+        if own == "k" and isinstance(value, int) and value < 0:
+            value = -1  # any negative rank keeps experts dense
+        if result.get(own, defaults[own]) not in (defaults[own], value):
+            raise ConfigError(f"{own}={result[own]} and {name}={value} are one option: give one of them")
+        result[own] = value
+    return result
 
 
 def check_keys(options: Mapping[str, Any], valid: list[str]) -> None:

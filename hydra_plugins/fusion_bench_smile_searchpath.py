@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -15,7 +15,13 @@ from omegaconf import OmegaConf
 
 CONFIG = Path(__file__).resolve().parent.parent / "fusion_bench_smile_config"
 MAX_FOLDER_NAME = 150  # characters
-SMILE_METHOD = {"method=smile_upscaling", "+experiment=smile_grid", "+experiment=smile_optuna", "+smile_row=smile"}
+SUBMITIT, RAY = ("hydra_submitit_launcher", "sweep"), ("hydra_ray_launcher", "ray")
+# launchers, sweepers and experiments → the plugin that they need, and the extra that installs it
+PLUGINS = {
+    "joblib": ("hydra_joblib_launcher", "sweep"), "submitit_local": SUBMITIT, "submitit_slurm": SUBMITIT,
+    "smile_slurm": SUBMITIT, "ray": RAY, "smile_ray": RAY, "optuna": ("hydra_optuna_sweeper", "sweep"),
+    "smile_optuna": ("hydra_optuna_sweeper", "sweep"),
+}  # fmt: skip
 ZOO_CHOICE = re.compile(
     r"\+{0,2}((modelpool|taskpool)=(.*,)?(SmileEmbedded/|SmileText/|SmileGLUE/tiny-t5)"
     r"|experiment=(.*,)?(smile_embedded|smile_text)/)"
@@ -44,7 +50,8 @@ class FusionBenchSmileSearchPath(SearchPathPlugin):
         message of a `SmileError`.
 
         Raises:
-            SystemExit: for a misspelled option of SMILE, or a configuration of the zoo if the zoo is not installed.
+            SystemExit: for a misspelled option of a method, or a launcher, sweeper or part of the zoo that is not
+                installed.
         """
         # the framework is imported before it starts Hydra
         paths = sys.modules.get("fusion_bench.constants.paths")
@@ -56,12 +63,15 @@ class FusionBenchSmileSearchPath(SearchPathPlugin):
             if folder.resolve() not in present:
                 search_path.append(provider, f"file://{folder}")
         logging.getLogger("fusion_bench.scripts.cli").addFilter(_exit_on_smile_error)
-        _check_options(sys.argv[1:])
+        _check_options(sys.argv[1:], framework)
+        _check_plugins(sys.argv[1:])
         _check_zoo(sys.argv[1:])
 
 
 def _exit_on_smile_error(record: logging.LogRecord) -> bool:
-    """Filter of the framework's log. `exit_on_smile_error` is imported with the first record, for a fast start."""
+    """Filter of the framework's log. `exit_on_smile_error` is imported with the first exception, for a fast start."""
+    if not record.exc_info:
+        return True
     from fusion_bench_smile.framework import exit_on_smile_error
 
     return exit_on_smile_error(record)
@@ -71,17 +81,63 @@ def _folder(path: str) -> Path:
     return Path(path.removeprefix("file://")).resolve()
 
 
-def _check_options(arguments: Sequence[str]) -> None:
-    """Refuse a misspelled option with the nearest valid one; Hydra only reports that the key is not in struct."""
-    if not SMILE_METHOD & set(arguments):
+def _check_options(arguments: Sequence[str], framework: Path) -> None:
+    """Refuse a misspelled option of the methods that a command line chooses, for which Hydra has no suggestion.
+
+    Methods come from ``method=``, ``+smile_row=`` and the experiments of this library, which may be lists of a sweep.
+    """
+    folders = [CONFIG, framework]
+    methods = {name for argument in arguments for name in _methods(argument, folders)}
+    known = [_options(name, folders) for name in methods]
+    if not known or not all(known):  # a method that is not found is reported by Hydra
         return
-    known = list(OmegaConf.load(CONFIG / "method" / "smile_upscaling.yaml"))
+    valid = sorted(set().union(*known) - {"_target_", "_recursive_", "name"})
     for argument in arguments:
         match = re.match(r"method\.([^.=]+)", argument)
-        if match and match[1] not in known:
-            near = difflib.get_close_matches(match[1], known, n=1, cutoff=0.5)
+        if match and match[1] not in valid:
+            near = difflib.get_close_matches(match[1], valid, n=1, cutoff=0.5)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise SystemExit(f"unknown option method.{match[1]}{hint}; valid options: {', '.join(known[1:])}")
+            raise SystemExit(f"unknown option method.{match[1]}{hint}; valid options: {', '.join(valid)}")
+
+
+def _methods(argument: str, folders: Sequence[Path]) -> Iterator[str]:
+    """The configurations of methods that one argument of the command line chooses."""
+    group, _, choice = argument.lstrip("+").partition("=")
+    for name in choice.split(",") if group in ("method", "smile_row", "experiment") else ():
+        if group == "method":
+            yield name
+        elif (file := _find(folders, group, name)) is not None:
+            yield from _methods_of_file(file, folders)
+
+
+def _methods_of_file(file: Path, folders: Sequence[Path]) -> Iterator[str]:
+    """The configurations of methods in the defaults of a row or an experiment."""
+    for default in OmegaConf.select(OmegaConf.load(file), "defaults") or ():
+        if isinstance(default, str) and default != "_self_":
+            base = file.parent / f"{default}.yaml"
+            yield from _methods_of_file(base, folders) if base.exists() else ()
+        elif not isinstance(default, str):
+            yield from (str(name) for key, name in default.items() if str(key).endswith("/method"))
+
+
+def _options(name: str, folders: Sequence[Path]) -> set[str]:
+    """The options in the configuration of a method; empty if there is none."""
+    file = _find(folders, "method", name)
+    return set() if file is None else {str(key) for key in OmegaConf.load(file)}
+
+
+def _find(folders: Sequence[Path], group: str, name: str) -> Path | None:
+    files = [folder / group / f"{name}.yaml" for folder in folders]
+    return next((file for file in files if file.exists()), None)
+
+
+def _check_plugins(arguments: Sequence[str]) -> None:
+    """Refuse a launcher or sweeper that is not installed with the command that installs it."""
+    for argument in arguments:
+        choice = re.sub(r"^\+{0,2}(hydra/(launcher|sweeper)|experiment)=", "", argument)
+        module, extra = PLUGINS.get(choice, ("", "")) if choice != argument else ("", "")
+        if module and importlib.util.find_spec(f"hydra_plugins.{module}") is None:
+            raise SystemExit(f"{argument} is not installed: pip install 'fusion-bench-smile[{extra}]'")
 
 
 def _check_zoo(arguments: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import; without it, test
 
 import pytest
 import torch
+from fork_server import ForkingPython
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
@@ -114,6 +115,12 @@ def output(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def to_dtype(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def pytest_sessionfinish() -> None:
+    """Wait for the end of the processes that ran command lines."""
+    while ForkingPython.in_use:
+        ForkingPython.in_use.pop().close()
 
 
 @pytest.fixture(autouse=True)

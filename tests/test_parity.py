@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, experts_of, output, to_dtype
-from parity import upscale_by_framework
+from parity import PINNED_VERSION, require_version, upscale_by_framework
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fusion_bench_smile import upscale
 from fusion_bench_smile.nn import ExpertLayout, SmileLinear, count_parameters
 
+CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 GRID = [
     # gate_k, k, top_k
@@ -43,6 +47,14 @@ def test_same_outputs_as_the_framework(architecture, dtype, gate_k, k, top_k, ro
     result = output(upscale(base, experts, **options), inputs)
     assert relative_error(result, expected) <= TOLERANCE[dtype]
     assert relative_error(output(base, inputs), expected) > 1e-3, "the experts have to change the output"
+
+
+def test_the_pinned_version_is_the_one_in_the_documentation():
+    pinned = re.search(r"^# a tested set of releases: fusion-bench ([\d.]+),", CONSTRAINTS.read_text(), re.MULTILINE)
+    assert pinned is not None
+    assert pinned[1] == PINNED_VERSION
+    with pytest.raises(pytest.skip.Exception, match=f"pinned to fusion-bench {PINNED_VERSION}; 0.2.34 may compute"):
+        require_version("0.2.34")
 
 
 def test_one_expert_needs_no_router():

@@ -25,8 +25,8 @@ from structure import (
 LIBRARY = ROOT / "fusion_bench_smile"
 # a folder or module of the library imports those with a smaller number, and itself
 ORDER = {
-    "_version": 0, "exceptions": 0, "config": 1, "nn": 2, "io": 3, "construction": 4, "reports": 5, "analysis": 6,
-    "leaderboard": 6, "framework": 7,
+    "_lazy": 0, "_version": 0, "exceptions": 0, "config": 1, "nn": 2, "io": 3, "construction": 4, "reports": 5,
+    "analysis": 6, "leaderboard": 6, "framework": 7,
 }  # fmt: skip
 FRAMEWORK_PACKAGES = {"fusion_bench", "hydra", "lightning", "omegaconf"}
 USERS = {"zoo": ROOT / "zoo", "recipes": ROOT / "zoo", "studies": ROOT}  # area → folder on the import path
@@ -114,15 +114,34 @@ def test_the_zoo_is_used_by_recipes_and_studies_and_studies_by_nobody(area):
             assert each.top in allowed[area], str(each)
 
 
-def test_importing_the_package_costs_little_more_than_torch_and_transformers():
-    """Modules that transformers imports itself don't count: old releases import pandas."""
-    unwanted = ("fusion_bench", "lightning", "hydra", "pandas", "peft", "matplotlib")
-    code = (
-        "import sys, transformers.modeling_utils, transformers.quantizers.auto; before = set(sys.modules); "
-        f"import fusion_bench_smile; sys.exit(', '.join(sorted({{*{unwanted!r}}} & set(sys.modules) - before)) or 0)"
-    )
+def run_python(code: str) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_importing_the_package_imports_neither_torch_nor_the_framework():
+    heavy = ("torch", "transformers", "fusion_bench", "lightning", "hydra", "pandas", "peft", "matplotlib", "pydantic")
+    run_python(f"import sys, fusion_bench_smile; sys.exit(', '.join({{*{heavy!r}}} & set(sys.modules)) or 0)")
+
+
+def test_using_the_package_imports_little_more_than_torch_and_transformers():
+    """Modules that transformers imports itself don't count: old releases import pandas."""
+    unwanted = ("fusion_bench", "lightning", "hydra", "pandas", "peft", "matplotlib")
+    run_python(
+        "import sys, transformers.modeling_utils, transformers.quantizers.auto; before = set(sys.modules); "
+        "from fusion_bench_smile import upscale; "
+        f"sys.exit(', '.join(sorted({{*{unwanted!r}}} & set(sys.modules) - before)) or 0)"
+    )
+
+
+@pytest.mark.parametrize(
+    "imports", ["fusion_bench_smile, transformers.modeling_utils", "transformers.modeling_utils, fusion_bench_smile"]
+)
+def test_the_checkpoint_format_is_registered_in_any_order_of_imports(imports):
+    run_python(
+        f"import sys, {imports}; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as mapping; "
+        "assert 'smile' in mapping; assert not any('Registration' in repr(finder) for finder in sys.meta_path)"
+    )
 
 
 @pytest.mark.parametrize("area", DOCUMENTED)

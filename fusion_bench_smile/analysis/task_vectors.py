@@ -1,17 +1,17 @@
 """Task vectors of all experts, and their energy in the singular subspaces of W₀ (arXiv 2408.10174, section 3)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from ..config import SmileConfig
-from ..construction import make_plan, open_experts, split_targeted_attention, truncated_svd
-from ..io import ExpertSource, StateDictSource, open_source, stored_names
+from ..construction import load_expert, make_plan, open_experts, split_targeted_attention, truncated_svd
+from ..io import ExpertSource, StateDictSource, stored_names
 from ..nn import routed_type_of, split_attention
 
 Zone = Literal["I", "II", "II+III"]
@@ -44,14 +44,14 @@ def layer_deltas(pretrained: nn.Module, experts: Mapping[str, ExpertSource]) -> 
     plan = make_plan(pretrained, len(experts), config)
     base, aliases = StateDictSource(pretrained.state_dict()), stored_names(pretrained)
     sources = {
-        name: source or open_source(cast(Callable[[], Any], experts[name])(), base, aliases)
+        name: source or load_expert(plan, name, experts[name], base, aliases)
         for name, source in open_experts(plan, experts, base, aliases).items()
     }
     for layer in plan.layers:
         matrix, key = routed_type_of(pretrained.get_submodule(layer.name)).weight_matrix, f"{layer.name}.weight"
         stored = base.read(key)
         weight = matrix(stored.to(torch.promote_types(stored.dtype, torch.float32)))
-        tuned = {name: matrix(source.read(key)).to(weight) for name, source in sources.items() if source is not None}
+        tuned = {name: matrix(source.read(key)).to(weight) for name, source in sources.items()}
         yield LayerDeltas(layer.name, weight, {name: expert - weight for name, expert in tuned.items()})
 
 

@@ -5,7 +5,7 @@ from .assemble import set_routing
 from .calibration import BATCH_SIZE, NUM_INPUTS, calibrate, check_calibration, measure_baseline, random_inputs
 from .edit import add_expert, remove_expert
 from .factor_cache import FactorCache
-from .factorize import open_experts
+from .factorize import load_expert, open_experts
 from .layer_selection import split_targeted_attention
 from .parallel import WorkPartition, destroy_process_group_at_exit
 from .plan import LayerPlan, Plan, estimate_seconds, make_plan
@@ -15,7 +15,8 @@ from .upscale import plan_upscaling, upscale
 
 __all__ = [
     "BATCH_SIZE", "NUM_INPUTS", "FactorCache", "Factors", "LayerPlan", "Plan", "WorkPartition", "add_expert",
-    "calibrate", "check_calibration", "destroy_process_group_at_exit", "estimate_seconds", "low_rank_svd", "make_plan",
-    "measure_baseline", "open_experts", "plan_upscaling", "random_inputs", "remove_expert", "set_routing",
-    "split_targeted_attention", "tensor_digest", "truncated_svd", "upscale", "upscale_to_folder",
+    "calibrate", "check_calibration", "destroy_process_group_at_exit", "estimate_seconds", "load_expert",
+    "low_rank_svd", "make_plan", "measure_baseline", "open_experts", "plan_upscaling", "random_inputs",
+    "remove_expert", "set_routing", "split_targeted_attention", "tensor_digest", "truncated_svd", "upscale",
+    "upscale_to_folder",
 ]  # fmt: skip

@@ -29,8 +29,9 @@ def check_same_inputs(
     opened = {name: open_source(expert, source, aliases) for name, expert in experts.items()}
     _compare(partition, {"the options": repr((options, calibration)), "the experts' names": repr(list(experts))})
     _compare(partition, {"the pretrained model": source.digest()})
-    known = {_label(name): expert for name, expert in opened.items() if expert is not None}
-    _compare_sources(partition, known)
+    kinds = {_label(name): "loaded" if expert is None else "read" for name, expert in opened.items()}
+    _compare(partition, kinds)
+    _compare_sources(partition, {_label(name): source for name, source in opened.items() if source is not None})
 
 
 def check_same_experts(partition: WorkPartition, digests: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ from ..nn.attachment import attach_router, detach_router
 from ..nn.attention import replace_modules
 from ..nn.expert_parameters import attach_expert_parameters
 from .calibration import measure_baseline
-from .factorize import FactorizedExperts
+from .factorize import FactorizedExperts, average
 from .parallel import WorkPartition
 from .plan import Plan
 
@@ -55,10 +55,10 @@ def build_layer(
 
 
 def set_averages(model: nn.Module, sums: Mapping[str, Tensor], num_experts: int) -> None:
-    """Set tensors of a model to the mean over the experts, from their sums."""
+    """Set tensors of a model to the mean over the experts, from their sums; PlanError if one is out of range."""
     state = model.state_dict()  # shares memory with the model
     for name, total in sums.items():
-        state[name].copy_(total / num_experts)
+        state[name].copy_(average(total, num_experts, name, state[name].dtype))
 
 
 def set_routing(

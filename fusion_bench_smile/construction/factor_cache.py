@@ -7,18 +7,19 @@ from collections.abc import Callable, Hashable
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
-from ..io import replace_file_atomically, tensor_digest
+from ..io import remove_leftovers, replace_file_atomically, tensor_digest
 from .svd import SOLVER_VERSION, Factors
 
 log = logging.getLogger(__name__)
 
-MIN_RANK = 32  # the least rank of an entry: a sweep over smaller ranks factors once, whichever comes first
 DEFAULT_MAX_BYTES = 20 * 2**30
+CHECKSUM = "checksum"  # the tensor beside those of the factors
 
 _digests: dict[Hashable, str] = {}
 
@@ -35,10 +36,10 @@ def known_digest(identity: Hashable | None, tensor: Callable[[], Tensor]) -> str
 class FactorCache:
     """A folder of factors, one safetensors file for each entry. Several processes may share it.
 
-    A file is written under a temporary name and renamed, and carries a checksum: a damaged one counts as missing. The
-    least recently used files are deleted where the folder grows beyond `max_bytes`. The folder is created if it does
-    not exist; if it cannot be written, its entries are still used. `hits` and `misses` are the numbers of entries that
-    were used and of matrices that were factored.
+    A file is written under a temporary name and renamed, and carries a checksum of its name and of all its tensors: a
+    damaged one counts as missing. The least recently used files are deleted where the folder grows beyond `max_bytes`.
+    The folder is created if it does not exist; if it cannot be written, its entries are still used. `hits` and `misses`
+    are the numbers of entries that were used and of matrices that were factored.
     """
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int = DEFAULT_MAX_BYTES) -> None:
@@ -48,47 +49,47 @@ class FactorCache:
         self._lock = threading.Lock()  # of the counts; renaming makes the files safe
         self.hits = self.misses = 0
 
-    def key(self, *content: str) -> str:
-        """The name of an entry, by the digests of the tensors that it was computed from."""
-        return xxhash.xxh3_128("/".join((*content, SOLVER_VERSION)).encode()).hexdigest()
+    def key(self, *content: str, device: torch.device) -> str:
+        """The name of an entry.
 
-    def get(self, key: str, rank: int) -> Factors | None:
-        """The factors of an entry, truncated to `rank`; None if it is missing, damaged, or of a smaller rank."""
+        Args:
+            content: The digests of the tensors that the factors are computed from, and to which dtype and rank. What
+                the rounding depends on is added, so that an entry holds the bits that factoring anew would give.
+            device: Where the factors are computed.
+        """
+        return xxhash.xxh3_128("/".join((*content, SOLVER_VERSION, _arithmetic(device))).encode()).hexdigest()
+
+    def get(self, key: str) -> Factors | None:
+        """The factors of an entry; None if it is missing or damaged."""
         file = self._folder / f"{key}.safetensors"
         try:
-            with safe_open(file, framework="pt") as entry:
-                notes = entry.metadata() or {}
-                if int(notes.get("rank", 0)) < rank and notes.get("complete") != "yes":
-                    return None
-                factors = Factors(*(entry.get_tensor(name) for name in Factors._fields))
-            if notes.get("checksum") != _checksum(factors):
-                raise ValueError("wrong checksum")
-        except FileNotFoundError:
+            factors = _parse(file.read_bytes(), key)  # at once: another process may delete the file at any time
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
             log.warning("the factor cache's entry %s is damaged (%s): factoring anew", file.name, error)
             return None
         with suppress(OSError):
             os.utime(file)  # the time of use, by which entries are deleted
         with self._lock:
             self.hits += 1
-        return factors.truncated(rank)
+        return factors
 
-    def put(self, key: str, factors: Factors, requested_rank: int) -> None:
-        """Add an entry. Factors of a smaller rank than the requested one are complete."""
+    def put(self, key: str, factors: Factors) -> None:
+        """Add an entry."""
         with self._lock:
             self.misses += 1
         if not self._writable:
             return
-        complete = "yes" if factors.rank < requested_rank else "no"
-        notes = {"rank": str(requested_rank), "complete": complete, "checksum": _checksum(factors)}
-        target = self._folder / f"{key}.safetensors"
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in factors._asdict().items()}
+        checksum = torch.tensor(list(_checksum(key, Factors(**tensors))), dtype=torch.uint8)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with replace_file_atomically(target) as scratch:
-                save_file({n: t.cpu().contiguous() for n, t in factors._asdict().items()}, scratch, notes)
+            with replace_file_atomically(self._folder / f"{key}.safetensors") as scratch:
+                save_file({**tensors, CHECKSUM: checksum}, scratch)
+                size = scratch.stat().st_size
             with self._lock:
-                self._make_room(target.stat().st_size)
+                self._make_room(size)
         except (OSError, SafetensorError) as error:
             self._writable = False
             log.warning(
@@ -97,6 +98,8 @@ class FactorCache:
 
     def _make_room(self, added: int) -> None:
         """Delete the least recently used entries above the bound, after one of `added` bytes."""
+        if self._size is None:  # the first entry of this process
+            remove_leftovers(self._folder)
         self._size = None if self._size is None else self._size + added
         if self._size is not None and self._size <= self._max_bytes:
             return
@@ -114,5 +117,24 @@ class FactorCache:
             self._size -= size
 
 
-def _checksum(factors: Factors) -> str:
-    return "".join(tensor_digest(part) for part in factors)
+def _parse(data: bytes, key: str) -> Factors:
+    """The factors in a file. Raises a ValueError, or an error of safetensors or torch, if it is not as written."""
+    tensors = load(data)
+    checksum = tensors.pop(CHECKSUM)
+    factors = Factors(**tensors)
+    if checksum.numpy().tobytes() != _checksum(key, factors):
+        raise ValueError("wrong checksum")
+    return factors
+
+
+def _checksum(key: str, factors: Factors) -> bytes:
+    """A checksum of an entry's name and of the dtype, shape and bytes of each tensor: 16 bytes."""
+    return xxhash.xxh3_128_digest("/".join((key, *map(tensor_digest, factors))).encode())
+
+
+def _arithmetic(device: torch.device) -> str:
+    """What the rounding depends on beside the numbers: releases, kind of processor, precision, threads of a worker."""
+    is_cuda = device.type == "cuda"
+    processor = torch.cuda.get_device_name(device) if is_cuda else torch.backends.cpu.get_cpu_capability()
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    return "/".join((torch.__version__, device.type, processor, precision, str(threads)))

@@ -1,5 +1,6 @@
 """Factorization: from the tensors of the experts to their factors, by the shortest path."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -11,15 +12,17 @@ from torch import Tensor, nn
 
 from ..config import SmileConfig
 from ..exceptions import PlanError
-from ..io import ExpertSource, Source, StateDictSource, open_source, stored_names, tensor_digest
+from ..io import ExpertSource, ResizedSource, Source, StateDictSource, open_source, stored_names, tensor_digest
 from ..nn import DENSE
 from ..nn.expert_parameters import expert_parameter_names
 from .changes import TensorChanges, check_averages, read_changes, read_finite
-from .factor_cache import MIN_RANK, FactorCache, known_digest
+from .factor_cache import FactorCache, known_digest
 from .layer_factors import ExpertFactors, LayerFactors
 from .parallel import WorkPartition, completed, map_in_parallel
-from .plan import LayerPlan, Plan, check_expert, check_finite
+from .plan import LayerPlan, Plan, check_expert, check_finite, check_range, resizable_tensors
 from .svd import Factors, low_rank_svd, truncated_svd
+
+log = logging.getLogger(__name__)
 
 Aliases = Mapping[str, tuple[str, ...]]  # see `stored_names`
 ProgressCallback = Callable[[int, int], None]
@@ -72,7 +75,7 @@ class _Delta:
         self.pretrained_bias = pretrained.read(self.bias_name) if layer.has_bias else None
         self.keys: dict[str, str] = {}  # of the entries in the factor cache
         self.cached: dict[str, Factors] = {}
-        self.source_digest = ""
+        self.source_digest, self._changes = "", f"{self.label}: the change of {self.weight_name}"
 
     def begin(self) -> Future[ExpertFactors] | Callable[[], ExpertFactors]:
         """The factors if no large matrix has to be factored for them, otherwise a function that computes them."""
@@ -91,11 +94,17 @@ class _Delta:
         start = self.factorizer.pretrained_digest(self.layer.name, self.pretrained_weight)
         identity = self.expert.identity(self.weight_name)
         end = known_digest(identity, lambda: self.factorizer.count_bytes(self._read_weight()))
-        content = {"delta": ("delta", start, end), "weight": ("weight", end)}
         unchanged, self.source_digest = start == end, end
-        self.keys = {kind: cache.key(*content[kind]) for kind in self.ranks if kind == "weight" or not unchanged}
-        entries = {kind: cache.get(key, self.ranks[kind]) for kind, key in self.keys.items()}
-        self.cached = {kind: factors.to(self.device) for kind, factors in entries.items() if factors is not None}
+        content = {"delta": (start, end), "weight": (end, str(self.pretrained_weight.dtype))}
+        self.keys = {
+            kind: cache.key(kind, *content[kind], str(self.layer.rank_class(rank)), device=self.device)
+            for kind, rank in self.ranks.items() if kind == "weight" or not unchanged
+        }  # fmt: skip
+        entries = {kind: cache.get(key) for kind, key in self.keys.items()}
+        self.cached = {
+            kind: factors.truncated(self.ranks[kind]).to(self.device)
+            for kind, factors in entries.items() if factors is not None
+        }  # fmt: skip
         return self.cached.keys() == self.keys.keys() and (self.layer.k != DENSE or unchanged)
 
     def _read_weight(self) -> Tensor:
@@ -111,25 +120,35 @@ class _Delta:
         router = self._factor("weight", weight)
         if torch.equal(weight, pretrained):
             return self._pack(router=router)
-        delta = weight - pretrained
+        delta = check_range(weight - pretrained, self._changes)
         return self._pack(self._factor("delta", delta), router, delta if self.layer.k == DENSE else None)
 
     def _from_low_rank(self, b: Tensor, a: Tensor) -> ExpertFactors:
         for tensor in (b, a):
             check_finite(self.factorizer.count_bytes(tensor), self.weight_name, self.label)
         self.source_digest = tensor_digest(b) + tensor_digest(a)
-        return self._pack(low_rank_svd(b.to(self.device), a.to(self.device)).truncated(self.ranks["delta"]))
+        factors = self._decompose(lambda: low_rank_svd(b.to(self.device), a.to(self.device)))
+        return self._pack(factors.truncated(self.ranks["delta"]))
 
     def _factor(self, kind: str, matrix: Tensor) -> Factors | None:
-        rank, key, cache = self.ranks.get(kind), self.keys.get(kind), self.factorizer.cache
-        if rank is None or kind in self.cached:
+        """The factors of a matrix to the rank that is needed, or those in the cache: the same bits."""
+        if kind not in self.ranks or kind in self.cached:
             return self.cached.get(kind)
-        if cache is None or key is None:
-            return truncated_svd(matrix, rank)
-        requested = max(rank, min(MIN_RANK, *matrix.shape))
-        factors = truncated_svd(matrix, requested)
-        cache.put(key, factors, requested)
+        rank, key, cache = self.ranks[kind], self.keys.get(kind), self.factorizer.cache
+        factors = self._decompose(lambda: truncated_svd(matrix, self.layer.rank_class(rank)))
+        if cache is not None and key is not None:
+            cache.put(key, factors)
         return factors.truncated(rank)
+
+    def _decompose(self, svd: Callable[[], Factors]) -> Factors:
+        try:
+            factors = svd()
+        except (torch.linalg.LinAlgError, ValueError) as error:
+            problem = f"{self._changes} can't be factored ({error})"
+            raise PlanError(f"{problem}; check how these weights were trained and saved") from None
+        for tensor in factors:
+            check_range(tensor, self._changes)
+        return factors
 
     def _pack(
         self, delta: Factors | None = None, router: Factors | None = None, dense: Tensor | None = None
@@ -150,7 +169,13 @@ class _Delta:
         )  # fmt: skip
 
     def _stored(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(self.pretrained_weight.device, self.pretrained_weight.dtype)
+        if tensor is None:
+            return None
+        stored = tensor.to(self.pretrained_weight.device, self.pretrained_weight.dtype)
+        # 127 times the scale of a row in int8 is its largest entry, with the rounding of the scale
+        rounding = torch.finfo(stored.dtype).eps if self.factorizer.config.storage == "int8" else 0.0
+        check_range(stored * (1 + rounding) if rounding else stored, self._changes)
+        return stored
 
     def _bias_delta(self) -> Tensor | None:
         pretrained = self.pretrained_bias
@@ -160,7 +185,7 @@ class _Delta:
         if torch.equal(pretrained, bias.to(pretrained.device, pretrained.dtype)):
             return None
         delta = bias.to(pretrained.device, torch.promote_types(bias.dtype, torch.float32)) - pretrained
-        return delta.to(self.pretrained_weight.dtype)
+        return check_range(delta.to(self.pretrained_weight.dtype), f"{self.label}: the change of {self.bias_name}")
 
 
 @dataclass
@@ -195,11 +220,19 @@ class FactorizedExperts:
             if tensor.is_floating_point():
                 self.sums[name] = add_to_sum(self.sums.get(name), tensor)
 
-    def read_differences(self, pretrained: Source, expert: Source, index: int, parameters: Iterable[str]) -> None:
-        """Read how an expert changed parameters that can differ between experts."""
+    def check_averages(self, pretrained: Source, num_experts: int) -> None:
+        """Raise PlanError if an average is outside the range of the pretrained model's dtype."""
+        for name, total in self.sums.items():
+            average(total, num_experts, name, pretrained.read(name).dtype)
+
+    def read_differences(
+        self, pretrained: Source, expert: Source, index: int, parameters: Iterable[str], label: str
+    ) -> None:
+        """Read how an expert changed parameters that can differ between experts; PlanError if one is not finite."""
         for name in (name for name in parameters if not expert.is_pretrained(name)):
             start = pretrained.read(name)
-            difference = expert.read(name).to(start) - start
+            difference = read_finite(expert, name, label).to(start) - start
+            check_range(difference, f"{label}: the change of {name}")
             if difference.any():
                 self.differences.setdefault(name, {})[index] = difference
 
@@ -229,7 +262,7 @@ def factorize_experts(
         if not (layers or averaged or names or (is_loaded and partition.size > 1)):
             continue
         if expert_source is None:
-            expert_source = _load_expert(plan, name, expert, source, aliases)
+            expert_source = load_expert(plan, name, expert, source, aliases)
             if partition.size > 1:  # all processes load it, and compare its weights
                 factorized.loaded_digests[name] = expert_source.digest()
         label, changes = f"expert {name!r}", factorized.changes.setdefault(name, TensorChanges())
@@ -245,8 +278,9 @@ def factorize_experts(
             done += 1
             if on_progress:
                 on_progress(done, sum(assigned))
-        factorized.read_differences(source, expert_source, index, names)
+        factorized.read_differences(source, expert_source, index, names, label)
         del expert_source, items  # with what they have mapped, before the next expert is opened
+    factorized.check_averages(source, len(experts))
 
 
 def open_experts(
@@ -262,17 +296,36 @@ def open_experts(
             opened[name] = open_source(expert, pretrained, aliases)
         except PlanError as error:
             raise PlanError(f"expert {name!r}: {error}") from None
-    for name, source in opened.items():
-        if source is not None:
-            check_expert(plan, name, source.shapes())
-    return opened
+    return {name: source and _fitted(plan, name, source, pretrained) for name, source in opened.items()}
 
 
-def _load_expert(plan: Plan, name: str, expert: ExpertSource, pretrained: Source, aliases: Aliases) -> Source:
+def load_expert(
+    plan: Plan, name: str, expert: ExpertSource, pretrained: Source, aliases: Aliases
+) -> Source:  # fmt: skip
+    """Call the function that an expert is, and open what it returns; see `open_experts`."""
     source = open_source(cast(Callable[[], Any], expert)(), pretrained, aliases)
     assert source is not None, f"the function for expert {name!r} returned no model"
-    check_expert(plan, name, source.shapes())
-    return source
+    return _fitted(plan, name, source, pretrained)
+
+
+def _fitted(plan: Plan, name: str, source: Source, pretrained: Source) -> Source:
+    """An expert with the pretrained model's shapes: its vocabulary may have another size, which is logged.
+
+    An upscaled layer of another size is left as pretrained. Raises PlanError for any other difference.
+    """
+    shapes = source.shapes()
+    resized = resizable_tensors(plan, shapes)
+    check_expert(plan, name, shapes, resized)
+    if not resized:
+        return source
+    upscaled = {f"{layer.name}.{parameter}" for layer in plan.layers for parameter in ("weight", "bias")}
+    sizes = [f"{key} ({shapes[key][0]} rows instead of {plan.tensors[key][0]})" for key in resized]
+    kept = [key for key in resized if key in upscaled]
+    log.warning(
+        "expert %r has tensors of another size: %s; the rows that both have are used%s",
+        name, ", ".join(sizes), f", and {', '.join(kept)} is left as pretrained" if kept else "",
+    )  # fmt: skip
+    return ResizedSource(source, pretrained, resized, upscaled)
 
 
 def _squared_norm(tensor: Tensor) -> float:
@@ -283,3 +336,8 @@ def add_to_sum(total: Tensor | None, tensor: Tensor) -> Tensor:
     """A sum with one more tensor, in float32 or float64; it is modified. None starts a new one."""
     value = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     return value.clone() if total is None else total.add_(value)
+
+
+def average(total: Tensor, num_experts: int, name: str, dtype: torch.dtype) -> Tensor:
+    """The mean of tensors called `name`, from their sum, in a dtype. Raises PlanError if it is outside the range."""
+    return check_range((total / num_experts).to(dtype), f"the experts' average of {name}")

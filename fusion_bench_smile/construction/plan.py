@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 from ..config import SmileConfig
 from ..exceptions import ConfigError, PlanError
 from ..nn import DENSE, RoutedLayer, count_parameters, routed_type_of
+from .bounds import ExpertBounds
 from .layer_selection import candidate_layers, select_layers
 from .parallel import map_in_parallel, num_workers
 from .rank_allocation import LayerSpectra, allocate, summarize_ranks
 
 log = logging.getLogger(__name__)
+
+LEAST_CLASS = 32  # the least rank that is factored
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,19 @@ class LayerPlan:
     has_bias: bool  # the layer has a bias
     itemsize: int  # bytes of a weight's entry
     routed_type: type[RoutedLayer]  # the type of the routed layer
+    shared_router: bool = True  # the router's rows are the leading directions of the experts
 
     @property
     def rank(self) -> int:
         """The rank of the factorization."""
-        return max(self.k, self.gate_k)
+        return self.rank_class(max(self.k, self.gate_k))
+
+    def rank_class(self, rank: int) -> int:
+        """The rank to factor at where `rank` is needed: the next of 32, 64, 128, …, limited by the size of the layer.
+
+        All ranks of a class have the same directions, bit for bit: a sweep over them factors once.
+        """
+        return min(max(LEAST_CLASS, 2 ** (rank - 1).bit_length()), self.in_features, self.out_features)
 
     @property
     def work(self) -> float:
@@ -60,12 +72,28 @@ class LayerPlan:
             shared_router=config.routing_use_diff, weight_energy=1.0, scales_per_row=scales,
         )  # fmt: skip
 
-    def max_added_parameters(self, num_experts: int) -> int:
-        """Parameters that experts of full rank add, without biases."""
-        gate_k = self.gate_k if num_experts > 1 else 0
+    def max_added_parameters(self, ranks: Sequence[int | None]) -> int:
+        """Parameters that experts add, without biases, with deltas of these ranks; None for full rank."""
+        with_router = len(ranks) > 1
+        return 0 if all(rank == 0 for rank in ranks) else sum(self._parameters(rank, with_router) for rank in ranks)
+
+    def _parameters(self, rank: int | None, with_router: bool) -> int:
+        """Parameters of one expert. A delta that is read as a matrix may have more directions than the adapter."""
+        if rank and not self.reads_factors:
+            rank = None
+        limit = min(self.in_features, self.out_features) if rank is None else rank
+        gate_k = self.gate_k if with_router else 0
+        gate_rank = min(gate_k, limit) if self.shared_router else gate_k
         if self.k == DENSE:
-            return num_experts * (self.in_features * self.out_features + gate_k * self.in_features)
-        return num_experts * (max(self.k, gate_k) * self.in_features + self.k * self.out_features)
+            return (self.out_features * int(limit > 0) + gate_rank) * self.in_features
+        k = min(self.k, limit)
+        down = max(k, gate_rank) if self.shared_router else k + gate_rank
+        return down * self.in_features + k * self.out_features
+
+    @property
+    def reads_factors(self) -> bool:
+        """The deltas of LoRA experts are read as factors."""
+        return self.k != DENSE and self.shared_router
 
 
 @dataclass(frozen=True)
@@ -78,17 +106,41 @@ class Plan:
     other_tensors: tuple[str, ...]  # names of those that belong to no upscaled layer, also not by being tied to one
     tied_tensors: dict[str, str]  # name under which another module holds a tensor of an upscaled layer → that layer
     recurrent_tensors: frozenset[str]  # names of those of recurrent layers
+    block_tensors: frozenset[str]  # names of those inside lists of modules, which an expert must have in the same shape
     kept_layers: tuple[str, ...]  # the linear layers that stay as pretrained
     parameters: int  # the number of parameters of the pretrained model
+    has_budget: bool = False  # the ranks are allocated within a `param_ratio`
+    experts: tuple[ExpertBounds, ...] = ()  # what is known of each expert before it is read; empty if nothing is
+
+    def max_ranks(self, layer: LayerPlan) -> list[int | None]:
+        """The rank of each expert's delta in a layer; None where it is unknown."""
+        return [bounds.ranks.get(layer.name) for bounds in self.experts or [ExpertBounds()] * self.num_experts]
+
+    @property
+    def is_exact(self) -> bool:
+        """The ranks of all deltas are known, those that LoRA adapters declare."""
+        known = (layer.reads_factors and None not in self.max_ranks(layer) for layer in self.layers)
+        return not self.has_budget and all(known)
+
+    @property
+    def max_added_parameters(self) -> int:
+        """Parameters that the experts add, biases included."""
+        return sum(layer.max_added_parameters(self.max_ranks(layer)) + self._biases(layer) for layer in self.layers)
+
+    def _biases(self, layer: LayerPlan) -> int:
+        changed = not self.experts or any(layer.name not in bounds.kept_biases for bounds in self.experts)
+        return self.num_experts * layer.out_features if layer.has_bias and changed else 0
 
     def num_workers(self, device: torch.device) -> int:
         """The number of deltas that are factored at a time; one on an accelerator."""
         return num_workers(max(layer.working_bytes for layer in self.layers)) if device.type == "cpu" else 1
 
     def summary(self) -> dict[str, str]:
-        """The cost of the upscaling as text. Added parameters and bytes are upper bounds."""
-        added = sum(layer.max_added_parameters(self.num_experts) for layer in self.layers)
-        read = self.num_experts * sum(math.prod(shape) for shape in self.tensors.values()) * self.layers[0].itemsize
+        """The cost of the upscaling as text. Added parameters are an upper bound, unless all ranks are known."""
+        added, bound = self.max_added_parameters, "" if self.is_exact else ", at most"
+        whole = sum(math.prod(shape) for shape in self.tensors.values()) * self.layers[0].itemsize
+        sizes = [bounds.nbytes for bounds in self.experts] or [None] * self.num_experts
+        read = sum(whole if size is None else size for size in sizes)
         result = (self.parameters + added) * self.layers[0].itemsize
         working = self.num_workers(torch.device("cpu")) * max(layer.working_bytes for layer in self.layers)
         return {
@@ -97,10 +149,10 @@ class Plan:
             "tensors outside the upscaled layers": str(len(self.other_tensors)),
             "experts": str(self.num_experts),
             "ranks (gate_k, k)": f"{_range([x.gate_k for x in self.layers])}, {_range([x.k for x in self.layers])}",
-            "parameters added, at most": f"{added:,}",
-            "parameter ratio, at most": f"{1 + added / self.parameters:.3f}",
+            f"parameters added{bound}": f"{added:,}",
+            f"parameter ratio{bound}": f"{1 + added / self.parameters:.3f}",
             "bytes to read of the experts": f"{read / 1e6:.1f} MB",
-            "size of the result, at most": f"{result / 1e6:.1f} MB",
+            f"size of the result{bound}": f"{result / 1e6:.1f} MB",
             "memory beyond both models, at most": f"{working / 1e6:.1f} MB",
         }
 
@@ -166,30 +218,74 @@ def make_plan(pretrained: nn.Module, num_experts: int, config: SmileConfig) -> P
     outside = _names_outside(pretrained, list(selected))
     tied = {name: inside[id(tensor)] for name, tensor in tensors.items() if id(tensor) in inside and name in outside}
     kept = tuple(name for name in candidates if name not in selected)
-    recurrent = _recurrent_tensors(pretrained)
-    return Plan(layers, num_experts, shapes, others, tied, recurrent, kept, count_parameters(pretrained))
+    budget = config.param_ratio is not None
+    recurrent, blocks = _recurrent_tensors(pretrained), _block_tensors(pretrained)
+    return Plan(
+        layers, num_experts, shapes, others, tied, recurrent, blocks, kept, count_parameters(pretrained), budget
+    )
 
 
-def estimate_seconds(plan: Plan, factor: Callable[[Tensor, int], tuple[Tensor, ...]], workers: int) -> float:
-    """The seconds to factor all deltas by `factor(matrix, rank)`: each worker factors noise, the hardest case."""
-    seconds: dict[tuple[int, int, int], float] = {}
-    shapes = [(layer.out_features, layer.in_features, layer.rank) for layer in plan.layers]
-    for shape in dict.fromkeys(shape for shape in shapes if shape[2] > 0):
-        noise, began = torch.randn(shape[:2]), time.perf_counter()
-        list(map_in_parallel(lambda rank: partial(factor, noise, rank), [shape[2]] * workers, workers))  # noqa: B023
-        seconds[shape] = (time.perf_counter() - began) / workers
-    return plan.num_experts * sum(seconds.get(shape, 0.0) for shape in shapes)
+def estimate_seconds(
+    plan: Plan, factor: Callable[[Tensor, int], object], factor_pair: Callable[[Tensor, Tensor], object], workers: int
+) -> float:  # fmt: skip
+    """The seconds to factor all deltas by `factor(matrix, rank)`: each worker factors noise, the hardest case.
+
+    The deltas of LoRA experts are factored by `factor_pair(b, a)`, one after the other.
+    """
+    counts: Counter[tuple[int, int, int, bool]] = Counter()  # rows, columns, rank, whether it is read as factors
+    for layer in plan.layers:
+        for rank in plan.max_ranks(layer):
+            pair = rank is not None and layer.reads_factors
+            used = rank if rank is not None and pair else layer.rank
+            counts[layer.out_features, layer.in_features, used, pair] += rank != 0
+    return sum(
+        count * (_seconds_of_pair(shape, factor_pair) if shape[3] else _seconds_of_matrix(shape, factor, workers))
+        for shape, count in counts.items() if count and shape[2]
+    )  # fmt: skip
 
 
-def check_expert(plan: Plan, name: str, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise PlanError, which names the difference, unless an expert has exactly the pretrained model's tensors."""
+def _seconds_of_pair(shape: tuple[int, int, int, bool], factor_pair: Callable[[Tensor, Tensor], object]) -> float:
+    rows, columns, rank, _ = shape
+    began = time.perf_counter()
+    factor_pair(torch.randn(rows, rank), torch.randn(rank, columns))
+    return time.perf_counter() - began
+
+
+def _seconds_of_matrix(
+    shape: tuple[int, int, int, bool], factor: Callable[[Tensor, int], object], workers: int
+) -> float:  # fmt: skip
+    noise, began = torch.randn(shape[:2]), time.perf_counter()
+    list(map_in_parallel(lambda rank: partial(factor, noise, rank), [shape[2]] * workers, workers))
+    return (time.perf_counter() - began) / workers
+
+
+def resizable_tensors(plan: Plan, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """The tensors of an expert that differ from the pretrained model's in their number of rows alone.
+
+    These are embeddings and heads of another vocabulary, or of other classes. A tensor inside a list of modules, such
+    as the blocks of a transformer, is none of them; a vector is one beside a matrix that is resized in the same way.
+    """
+    pairs = {name: (tuple(shapes[name]), tuple(shape)) for name, shape in plan.tensors.items() if name in shapes}
+    differ = {name: pair for name, pair in pairs.items() if pair[0][:1] != pair[1][:1] and pair[0][1:] == pair[1][1:]}
+    outside = {name: pair for name, pair in differ.items() if all(pair) and name not in plan.block_tensors}
+    rows = {(own[0], other[0]) for own, other in outside.values() if len(own) > 1}
+    return [name for name, (own, other) in outside.items() if (own[0], other[0]) in rows or len(own) > 1]
+
+
+def check_expert(
+    plan: Plan, name: str, shapes: Mapping[str, Sequence[int]], resized: Collection[str] = ()
+) -> None:  # fmt: skip
+    """Raise PlanError, which names the difference, unless an expert has exactly the pretrained model's tensors.
+
+    The shapes of `resized` tensors may differ.
+    """
     missing = [key for key in plan.tensors if key not in shapes]
     extra = [key for key in shapes if key not in plan.tensors]
     parts = [f"{len(missing)} tensors missing (first: {missing[0]})"] if missing else []
     parts += [f"{len(extra)} additional tensors (first: {extra[0]})"] if extra else []
     problem = f" has another architecture than the pretrained model: {', '.join(parts)}" if parts else ""
     for key, shape in plan.tensors.items():
-        if not problem and tuple(shapes[key]) != tuple(shape):
+        if not problem and key not in resized and tuple(shapes[key]) != tuple(shape):
             problem = f": {key} has the shape {tuple(shapes[key])}, the pretrained model's {tuple(shape)}"
     if problem:
         raise PlanError(f"expert {name!r}{problem}; use experts that were fine-tuned from this pretrained model")
@@ -197,13 +293,27 @@ def check_expert(plan: Plan, name: str, shapes: Mapping[str, Sequence[int]]) -> 
 
 def check_finite(tensor: Tensor, name: str, label: str) -> None:
     """Raise PlanError if a tensor, called `name` in the model `label`, holds NaN or infinity."""
-    if not tensor.is_floating_point():
-        return
-    # the sum is many times faster to check; one NaN or infinity spoils it, and it may also overflow
-    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-    if not torch.isfinite(total) and not torch.isfinite(tensor).all():
+    if not _is_finite(tensor):
         kind = "NaN" if torch.isnan(tensor).any() else "infinity"
         raise PlanError(f"{label} holds {kind} in {name}; it was not saved or trained correctly")
+
+
+def check_range(tensor: Tensor, subject: str) -> Tensor:
+    """Return a tensor that was computed from finite ones; PlanError if it left the range of its dtype."""
+    if not _is_finite(tensor):
+        hint = "load the models in bfloat16 or float32"
+        if tensor.dtype != torch.float16:  # bfloat16 has the range of float32
+            hint = "check how these weights were trained and saved, or load the models in float64"
+        raise PlanError(f"{subject} is outside the range of {str(tensor.dtype).removeprefix('torch.')}; {hint}")
+    return tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    # the sum is many times faster to check; one NaN or infinity spoils it, and it may also overflow
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 
 
 def _names_outside(model: nn.Module, layers: Sequence[str]) -> set[str]:
@@ -223,12 +333,21 @@ def _recurrent_tensors(model: nn.Module) -> frozenset[str]:
     return frozenset(f"{name}.{parameter}" for name, module in recurrent.items() for parameter in module._parameters)
 
 
+def _block_tensors(model: nn.Module) -> frozenset[str]:
+    modules = model.named_modules(remove_duplicate=False)
+    lists = tuple(f"{name}." for name, module in modules if isinstance(module, nn.ModuleList))
+    return frozenset(name for name in model.state_dict(keep_vars=True) if name.startswith(lists))
+
+
 def _plan_layer(name: str, layer: nn.Module, config: SmileConfig) -> LayerPlan:
     routed_type, weight = routed_type_of(layer), cast(Tensor, layer.weight)
     out_features, in_features = routed_type.weight_matrix(weight).shape
     k, gate_k = (min(rank, out_features, in_features) for rank in (config.k, config.gate_k))
     has_bias = layer.bias is not None
-    return LayerPlan(name, in_features, out_features, k, gate_k, has_bias, weight.element_size(), routed_type)
+    return LayerPlan(
+        name, in_features, out_features, k, gate_k, has_bias, weight.element_size(), routed_type,
+        config.routing_use_diff,
+    )  # fmt: skip
 
 
 def _check_ranks(layers: Sequence[LayerPlan], config: SmileConfig, num_experts: int) -> None:

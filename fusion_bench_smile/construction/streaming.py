@@ -22,9 +22,10 @@ from ..io.atomic import replace_folder_atomically
 from ..io.checkpoint import architecture, copy_companions, is_companion
 from ..io.model_card import write_model_card
 from ..io.names import check_expert_names
-from ..io.safetensors_source import INDEX_FILE, SafetensorsSource
+from ..io.safetensors_source import INDEX_FILE
 from ..io.sources import with_names_of
 from ..io.transformers_hook import SmileQuantizationConfig, is_tied, mark_checkpoint
+from ..io.weight_files import open_weights
 from ..nn import ExpertLayout, store_tensors
 from ..nn.attention import split_names
 from .changes import (
@@ -37,7 +38,7 @@ from .changes import (
     warn_of_unused_changes,
 )
 from .factor_cache import FactorCache
-from .factorize import Factorizer, add_to_sum, open_experts
+from .factorize import Factorizer, add_to_sum, average, open_experts
 from .layer_factors import LayerFactors
 from .layer_selection import split_targeted_attention
 from .plan import LayerPlan, check_expert, make_plan
@@ -104,7 +105,7 @@ class _Stream:
         self.model = split_targeted_attention(self.model, config)
         self.plan, self.aliases = make_plan(self.model, len(experts), config), stored_names(self.model)
         shapes = {name: tuple(shape) for name, shape in self.plan.tensors.items()}
-        files = SafetensorsSource(folder, like=shapes, aliases=self.aliases)
+        files = open_weights(folder, like=shapes, aliases=self.aliases)
         self.pretrained = with_names_of(shapes, files, self.aliases)
         check_expert(self.plan, "_pretrained_", self.pretrained.shapes())
         sources = open_experts(self.plan, experts, self.pretrained, self.aliases)
@@ -167,7 +168,7 @@ class _Stream:
         for expert, source in self.experts.items() if self.factorizer.config.average_experts else ():
             value = read_finite(source, name, f"expert {expert!r}")
             total = add_to_sum(total, value) if value.is_floating_point() else total
-        return tensor if total is None else (total / len(self.experts)).to(tensor.dtype)
+        return tensor if total is None else average(total, len(self.experts), name, tensor.dtype)
 
     def metadata(self) -> SmileMetadata:
         """The metadata of the checkpoint, once all tensors were taken."""

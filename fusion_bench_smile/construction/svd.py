@@ -11,10 +11,11 @@ from torch import Tensor
 
 Method = Literal["auto", "exact", "gram", "krylov"]
 
-SOLVER_VERSION = "2"  # part of every cache key: raise it when the numbers change
+SOLVER_VERSION = "3"  # part of every cache key: raise it when the numbers change
 MIN_GRAM_SIDE = 64  # below this size of the smaller side LAPACK's SVD is as fast as the other methods
 OVERSAMPLING = 8
 BLOCK = 16
+CLUSTER = 12  # BLOCK consecutive Ritz values are resolved if they differ by this many residuals
 
 
 class Factors(NamedTuple):
@@ -59,7 +60,8 @@ def truncated_svd(matrix: Tensor, rank: int, *, method: Method = "auto", tol: fl
             energy Σs² that may be missed.
 
     Raises:
-        ValueError: The method is unknown, the rank is below 1, or the matrix is not two-dimensional.
+        ValueError: The method is unknown, the rank is below 1, or the matrix is not two-dimensional or not finite.
+        torch.linalg.LinAlgError: LAPACK fails, in float64 too.
     """
     if method not in get_args(Method):
         raise ValueError(f"method {method!r} is not one of {', '.join(get_args(Method))}")
@@ -68,16 +70,19 @@ def truncated_svd(matrix: Tensor, rank: int, *, method: Method = "auto", tol: fl
     work = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     rank = min(rank, *work.shape)
     scale = work.abs().max() if work.numel() else work.new_zeros(())
+    if not torch.isfinite(scale):
+        raise ValueError("the matrix holds NaN or infinity, or its entries are too large for its dtype")
     if not scale:
         return _signed(work.new_zeros(len(work), 0), work.new_zeros(0), work.new_zeros(work.shape[1], 0), scale)
     wide = work.shape[0] < work.shape[1]
-    # products with a row-major matrix are the fastest; squares of tiny or huge entries would leave the dtype's range
-    tall = work.mT.clone(memory_format=torch.contiguous_format).div_(scale) if wide else work / scale
-    u, s, v = _solver(method, tall.shape[1], rank)(tall, rank, tol)
+    # products with a row-major matrix are the fastest, and the layout must not change the rounding; squares of tiny or
+    # huge entries would leave the dtype's range
+    tall = (work.mT if wide else work).clone(memory_format=torch.contiguous_format).div_(scale)
+    u, s, v = _triples(method, tall, rank, tol)
     if wide:
         u, v = v, u
     kept = int((s > max(work.shape) * torch.finfo(work.dtype).eps * s[0]).sum())
-    return _signed(u[:, :kept], s[:kept] * scale, v[:, :kept], tall.norm() * scale)
+    return _signed(u[:, :kept], s[:kept] * scale, v[:, :kept], _norm(tall).to(s) * scale)
 
 
 def low_rank_svd(b: Tensor, a: Tensor, rank: int | None = None) -> Factors:
@@ -97,6 +102,15 @@ def low_rank_svd(b: Tensor, a: Tensor, rank: int | None = None) -> Factors:
 
 
 Triples = tuple[Tensor, Tensor, Tensor]  # u (m, r), s (r,), v (n, r)
+
+
+def _triples(method: Method, tall: Tensor, rank: int, tol: float) -> Triples:
+    """Those of a method; where LAPACK does not converge, those of its SVD in float64."""
+    try:
+        return _solver(method, tall.shape[1], rank)(tall, rank, tol)
+    except torch.linalg.LinAlgError:
+        u, s, v = _exact(tall.double(), rank, tol)
+        return u.to(tall.dtype), s.to(tall.dtype), v.to(tall.dtype)
 
 
 def _solver(method: Method, side: int, rank: int) -> Callable[[Tensor, int, float], Triples]:
@@ -146,7 +160,7 @@ def _krylov(tall: Tensor, rank: int, tol: float) -> Triples:
     if len(s) == rank:
         return leading
     rest = tall - (u * s) @ v.mT
-    if rest.norm() <= max(tall.shape) * torch.finfo(tall.dtype).eps * s[0]:
+    if _norm(rest) <= max(tall.shape) * torch.finfo(tall.dtype).eps * s[0]:
         return leading  # the numerical rank is smaller than the requested one
     basis = torch.linalg.qr(torch.cat([v, _krylov(rest, rank - len(s), tol)[2]], dim=1)).Q
     triples, residual = _refined(tall, basis, rank, enough=tol**0.5)
@@ -158,7 +172,9 @@ def _lanczos(tall: Tensor, rank: int, tol: float) -> Triples | None:
 
     The projection H of WᵀW on the basis consists of the coefficients of the reorthogonalisation. The coupling of the
     last block with the next one gives the residual of every Ritz pair without another product. Returned are those of
-    the leading `rank` triples that WᵀW resolves (s above about 0.02·s₁ in float32); None if they do not converge.
+    the leading `rank` triples that WᵀW resolves (s above about 0.02·s₁ in float32). None if they do not converge, or
+    if others may have been missed: a start of BLOCK columns spans at most BLOCK directions of an eigenspace, and of a
+    cluster of singular values that the residuals do not resolve.
     """
     side, eps = tall.shape[1], torch.finfo(tall.dtype).eps
     if side < 3 * BLOCK:
@@ -168,33 +184,59 @@ def _lanczos(tall: Tensor, rank: int, tol: float) -> Triples | None:
     generator = torch.Generator().manual_seed(0)  # drawn on the CPU: the same on every device
     start = torch.randn(side, BLOCK, generator=generator, dtype=tall.dtype).to(tall.device)
     basis[:, :BLOCK] = torch.linalg.qr(start).Q
-    check = 4 * rank + 4 * BLOCK
+    check, energy, limit = 4 * rank + 4 * BLOCK, _norm(tall).square(), tol**0.5
     for end in range(BLOCK, largest + 1, BLOCK):
         previous, last = basis[:, :end], slice(end - BLOCK, end)
         block = tall.mT @ (tall @ basis[:, last])
         h[:end, last] = previous.mT @ block
         h[last, :end] = h[:end, last].mT
-        block, coupling = torch.linalg.qr(block - previous @ h[:end, last])
-        for _ in range(4):  # twice is enough unless a column is reduced to rounding errors
-            block, again = torch.linalg.qr(block - previous @ (previous.mT @ block))
-            coupling = again @ coupling
-            if again.diagonal().abs().min() > 0.5:
-                break
-        basis[:, end : end + BLOCK] = block
+        basis[:, end : end + BLOCK], coupling = _orthogonalized(block - previous @ h[:end, last], previous)
         invariant = coupling.norm() <= 10 * eps * h[:BLOCK, :BLOCK].norm()
         if end < min(check, largest) and not invariant:
             continue
         values, vectors = torch.linalg.eigh(h[:end, :end])
         resolved = int((values[-rank:] > 3e3 * eps * values[-1]).sum())
         worst = float(((coupling @ vectors[-BLOCK:, -resolved:]).norm(dim=0) / values[-resolved:]).max())
-        check = end + BLOCK * math.ceil(math.log2(max(worst / tol**0.5, 2)))  # a block about halves it
-        if worst <= tol**0.5:
-            triples, residual = _refined(tall, previous @ vectors[:, -resolved - OVERSAMPLING :], resolved, tol**0.5)
-            if residual <= tol**0.5:
+        spread = _least_spread(values, resolved, energy)
+        if worst <= limit and spread < CLUSTER * limit / 4:
+            break  # it would take too many blocks to tell whether others were missed
+        needed = min(limit, max(spread / CLUSTER, limit / 4))
+        check = end + BLOCK * math.ceil(math.log2(max(worst / needed, 2)))  # a block about halves it
+        if worst <= needed:
+            triples, residual = _refined(tall, previous @ vectors[:, -resolved - OVERSAMPLING :], resolved, needed)
+            if residual <= limit:
                 return triples
         if invariant:
             break
     return None
+
+
+def _orthogonalized(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The QR decomposition of a block that is nearly orthogonal to a basis, and is made so."""
+    block, r = torch.linalg.qr(block)
+    for _ in range(4):  # twice is enough unless a column is reduced to rounding errors
+        block, again = torch.linalg.qr(block - basis @ (basis.mT @ block))
+        r = again @ r
+        if again.diagonal().abs().min() > 0.5:
+            break
+    return block, r
+
+
+def _least_spread(squares: Tensor, wanted: int, energy: Tensor) -> float:
+    """The least relative difference of BLOCK consecutive Ritz values, given their squares in ascending order.
+
+    Those that begin among the `wanted` leading ones count, unless less energy is left than one more of them has.
+    """
+    ritz = squares.flip(0).clamp(min=0).sqrt()
+    last = ritz[BLOCK - 1 :][:wanted]
+    first = ritz[: len(last)]
+    left = energy - ritz[:wanted].square().sum()
+    return min((1 - last / first)[last.square() <= 2 * left].tolist(), default=math.inf)
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    """The Frobenius norm, in float64: one sum of millions of squares in float32 loses half of the digits."""
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=1), dtype=torch.double)
 
 
 def _signed(u: Tensor, s: Tensor, v: Tensor, norm: Tensor) -> Factors:

@@ -21,6 +21,7 @@ from ..nn import Prototypes
 from ..nn.attention import split_in_place, split_names
 from .agreement import check_same_experts, check_same_inputs
 from .assemble import Differences, replace_layers, set_averages, set_routing, stack_differences
+from .bounds import expert_bounds
 from .changes import check_recurrent, expert_changes, warn_of_unused_changes
 from .factor_cache import FactorCache
 from .factorize import FactorizedExperts, Factorizer, ProgressCallback, factorize_experts, open_experts
@@ -122,8 +123,9 @@ def plan_upscaling(pretrained: nn.Module, experts: Experts, config: SmileConfig 
     config, named = SmileConfig.resolve(config, options), _named(experts)
     pretrained = split_targeted_attention(pretrained, config)
     plan = make_plan(pretrained, len(named), config)
-    open_experts(plan, named, StateDictSource(pretrained.state_dict()), stored_names(pretrained))
-    return plan
+    opened = open_experts(plan, named, StateDictSource(pretrained.state_dict()), stored_names(pretrained))
+    layers = [layer.name for layer in plan.layers]
+    return replace(plan, experts=tuple(expert_bounds(source, layers) for source in opened.values()))
 
 
 def _named(experts: Experts) -> dict[str, ExpertSource]:
@@ -172,6 +174,6 @@ def _log_summary(plan: Plan, factorizer: Factorizer, provenance: Provenance, sec
     shares = torch.tensor([share for layer in provenance.energy.values() for share in layer])
     if len(shares):
         log.info("energy ‖ΔW‖² kept by the ranks: min %.4f, median %.4f", shares.min(), shares.median())
-    if factorizer.cache is not None:
+    if factorizer.cache is not None and factorizer.cache.hits + factorizer.cache.misses:  # LoRA experts need none
         log.info("factor cache: %d hits, %d misses", factorizer.cache.hits, factorizer.cache.misses)
     warn_of_unused_changes(provenance)

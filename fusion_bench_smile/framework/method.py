@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,25 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import construction
-from ..config import SmileConfig, check_keys
+from ..config import FRAMEWORK_NAMES, FRAMEWORK_ONLY, SmileConfig, check_keys, with_own_names
 from ..exceptions import PlanError
 from ..io import ExpertSource, check_writable_folder, is_checkpoint, load, metadata_of, save
 from .jobs import process_rank
-from .model_pools import PRETRAINED, calibration_inputs, expert_source, load_model
+from .model_pools import PRETRAINED, calibration_inputs, expert_source, is_adapter, load_model
 
 log = logging.getLogger(__name__)
+LIBRARY = __name__.partition(".")[0]
 
 CONFIG_OPTIONS = [field.name for field in fields(SmileConfig)]
+# task pool → the input that it gives to a model
+NEEDED_INPUTS = {
+    "CLIPVisionModelTaskPool": "pixel_values", "GlueTextTaskPool": "input_ids",
+    "FlanT5GLUETextGenerationTaskPool": "input_ids",
+}  # fmt: skip
 RUN_OPTIONS = ["model_path", "factor_cache", "dry_run", "calibration"]
+OPTIONS = [*CONFIG_OPTIONS, *RUN_OPTIONS]
+FOREIGN_OPTIONS = {*FRAMEWORK_NAMES, *FRAMEWORK_ONLY}
+DEFAULTS: dict[str, Any] = {**SmileConfig().to_dict(), "model_path": None}
 
 
 class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
@@ -39,20 +49,25 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
         factor_cache: folder of cached factors, which sweeps and restarted runs look up by the content of the weights.
         calibration: number of unlabelled inputs of each expert's training set for `calibrate`; zero-shot without.
         dry_run: print the plan and return None, which the framework neither saves nor evaluates.
-        options: the fields of `SmileConfig`, named as in the framework's own SMILE.
+        options: the fields of `SmileConfig`, named as in the framework's own SMILE, or in its methods for language
+            models; see `FRAMEWORK_NAMES`.
 
     Raises:
         ConfigError: for an unknown option or an invalid value.
     """
 
-    _config_mapping = BaseAlgorithm._config_mapping | {name: name for name in [*CONFIG_OPTIONS, *RUN_OPTIONS]}
+    _config_mapping = BaseAlgorithm._config_mapping | {name: name for name in OPTIONS}
 
     def __init__(
         self, *, model_path: str | None = None, factor_cache: str | None = None, calibration: int = 0,
         dry_run: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_keys(options, [*CONFIG_OPTIONS, *RUN_OPTIONS])
+        check_keys({name: v for name, v in options.items() if name not in FOREIGN_OPTIONS}, OPTIONS)
+        for name in FRAMEWORK_ONLY.keys() & {name for name, value in options.items() if value}:
+            log.warning("%s=%s has no effect: %s", name, options[name], FRAMEWORK_ONLY[name])
+        options = with_own_names({**options, "model_path": model_path}, DEFAULTS)
+        model_path = options.pop("model_path")
         plain = {name: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for name, v in options.items()}
         self.options = SmileConfig.from_dict(plain)
         construction.check_calibration(calibration, self.options)
@@ -71,6 +86,8 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
             SmileError: for models that can't be upscaled, loaded or saved; see `upscale`, `load` and `save`.
         """
         pool = _as_pool(modelpool)
+        if process_rank() != 0:  # the others would say the same
+            logging.getLogger(LIBRARY).setLevel(logging.WARNING)
         if type(pool).save_model is BaseModelPool.save_model:  # it pickles tensors; ``merged_model_save_path`` calls it
             pool.save_model = lambda model, path, *_, **__: save(model, path)  # type: ignore[method-assign]
         self._check_output_folders()
@@ -79,16 +96,12 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
             with self.profile("load upscaled model"):
                 of_transformers = (Path(self.model_path) / "config.json").exists()  # others are loaded into a model
                 return load(self.model_path, None if of_transformers else load_model(pool, PRETRAINED))
-        # an error in one process, also while it loads models, ends the others
+        # an error in one process, also while it loads or saves a model, ends the others
         with construction.WorkPartition(single_process=self._fabric_instance is None):
             model = self._upscale(pool)
-        if model is not None and self.model_path is not None:
-            with self.profile("save upscaled model"):
-                save(model, self.model_path)
-            if self._fabric_instance is not None:
-                self.fabric.barrier()
-        if process_rank() == 0:
-            log.info("%s", self.profiler.summary())
+            if model is not None and self.model_path is not None:
+                with self.profile("save upscaled model"):
+                    save(model, self.model_path)
         return model
 
     def _check_output_folders(self) -> None:
@@ -106,7 +119,12 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
             raise PlanError(f"the model pool has no {PRETRAINED!r} model; it has: {', '.join(pool.all_model_names)}")
         with self.profile("load pretrained model"):
             pretrained = load_model(pool, PRETRAINED)
+        check_task_pool(getattr(self._program, "taskpool", None), pretrained)
         experts = {name: expert_source(pool, name, pretrained) for name in pool.model_names}
+        if adapters := sum(map(is_adapter, experts.values())):
+            log.info("%d of %d experts are read as LoRA factors", adapters, len(experts))
+        if self.calibration:  # data that can't be used are refused before anything is factored
+            calibration_inputs(pool, list(experts), 1)
         if self.dry_run:
             if process_rank() == 0:
                 self._print_plan(pretrained, experts)
@@ -132,10 +150,24 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
             table.add_row(name, value)
         device = self.options.compute_device
         seconds = construction.estimate_seconds(
-            plan, lambda delta, rank: construction.truncated_svd(delta.to(device), rank), plan.num_workers(device)
-        )
+            plan, lambda delta, rank: construction.truncated_svd(delta.to(device), rank),
+            lambda b, a: construction.low_rank_svd(b.to(device), a.to(device)), plan.num_workers(device),
+        )  # fmt: skip
         table.add_row("time to factor, from files or memory", f"{seconds:.1f} s")
         Console().print(table)
+
+
+def check_task_pool(taskpool: Any, model: nn.Module) -> None:
+    """Raise PlanError if a task pool has images, and a model takes none, or likewise texts."""
+    classes = [each.__name__ for each in type(taskpool).__mro__]
+    needed = next((NEEDED_INPUTS[name] for name in classes if name in NEEDED_INPUTS), None)
+    inputs = signature(model.forward).parameters.values()
+    if needed is not None and all(each.name != needed and each.kind != each.VAR_KEYWORD for each in inputs):
+        kind = "images" if needed == "pixel_values" else "texts"
+        raise PlanError(
+            f"the task pool {classes[0]} evaluates models of {kind}, and the model pool has a {type(model).__name__}: "
+            "choose a task pool for it"
+        )
 
 
 class _ProgressBar(ExitStack):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fusion_bench.method.base_algorithm import BaseAlgorithm
@@ -16,18 +16,24 @@ from fusion_bench.modelpool.base_pool import BaseModelPool
 from fusion_bench.programs.fabric_fusion_program import FabricModelFusionProgram
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 from torch import nn
 
 from .. import reports
+from ..config import with_own_names
 from ..exceptions import CheckpointError, PlanError, SmileError
 from ..io import metadata_of, write_atomically
 from ..nn import count_bytes, count_parameters, routing_statistics
 from ..reports import REPORT_FILE, LayerRouting, ReportError, ResourceMeter, RunReport, TaskResult, average_of
 from .jobs import command_of_job, needs_subprocess, process_rank, report_in
+from .lm_eval import evaluate_with_lm_eval, is_lm_eval
+from .method import DEFAULTS
 from .model_pools import PRETRAINED, load_model
+from .run_summary import print_summary
 
 log = logging.getLogger(__name__)
 
+SMILE = "fusion_bench_smile.SmileUpscalingAlgorithm"
 WITHOUT_EFFECT = ("device", "factor_cache", "upscaling_accelerator")  # options that leave a method's result as it is
 INTERPOLATION_KEYS = ("study", "tuned", "split")  # of the configuration, read by interpolations alone
 TASK_KEYS = ("test_datasets", "tasks")  # where task pools list their tasks: the framework's and ours
@@ -52,7 +58,12 @@ class IndividualModelsAlgorithm(BaseAlgorithm):
     """Returns the experts of a pool unchanged. `ReportingFusionProgram` evaluates each on the task of its name."""
 
     def run(self, modelpool: BaseModelPool) -> IndividualModels:
-        """The experts of `modelpool`; nothing is loaded yet."""
+        """The experts of `modelpool`; nothing is loaded yet. Raises PlanError in a program that can't evaluate them."""
+        if self._program is not None and not isinstance(self._program, ReportingFusionProgram):
+            raise PlanError(
+                "method=smile_individual evaluates each model on the task of its name, which the framework's program "
+                "can't do: add +experiment=smile_run"
+            )
         return IndividualModels(modelpool)
 
 
@@ -115,7 +126,10 @@ class ReportingFusionProgram(FabricModelFusionProgram):
             report: Any = self._evaluate_individual(merged_model)
         else:
             with self._routing_recorded(merged_model):
-                report = super().evaluate_merged_model(taskpool, merged_model, *args, **kwargs)
+                if is_lm_eval(taskpool) and isinstance(merged_model, nn.Module):
+                    report = evaluate_with_lm_eval(taskpool, merged_model, self.folder)
+                else:
+                    report = super().evaluate_merged_model(taskpool, merged_model, *args, **kwargs)
         self.measurements["evaluation"] = meter.stop()
         return report
 
@@ -139,7 +153,8 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         if report is not None and process_rank() == 0:
             if report_save_path is not None:
                 _write_task_report(result["report"], Path(report_save_path.format(log_dir=folder)))
-            log.info("report: %s", report.write(folder))
+            individual = report.tasks if report.kind == "individual" else self._individual_tasks()
+            print_summary(report, report.write(folder), individual, Console())
         return {**result, "run_report": report}
 
     def _record_failure(self, folder: Path, started: datetime, error: BaseException) -> None:
@@ -228,6 +243,7 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         """What determines the results: method, model pool, task pool, seed."""
         parts: dict[str, Any] = {"method": self._method, "modelpool": self._modelpool, "taskpool": self._taskpool}
         plain = {name: OmegaConf.to_container(part, resolve=True) for name, part in parts.items() if part is not None}
+        plain["method"] = method_options(cast("dict[str, Any]", plain["method"]))
         return {"taskpool": {}, **plain, "seed": self.seed, "fast_dev_run": self.fast_dev_run}
 
     def _fingerprint(self) -> str:
@@ -245,6 +261,11 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         except ReportError as error:
             log.info("individual=%s: %s; the report has no retention, the leaderboard adds it", path, error)
             return {}
+
+
+def method_options(method: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a method as reports have them: those of SMILE under one name each, see `FRAMEWORK_NAMES`."""
+    return with_own_names(method, DEFAULTS) if method.get("_target_") == SMILE else dict(method)
 
 
 def single_task_config(taskpool: DictConfig, task: str) -> DictConfig:

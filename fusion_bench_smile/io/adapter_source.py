@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..exceptions import CheckpointError, PlanError
 from .names import shortened
-from .safetensors_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SafetensorsSource
 from .schema import read_json
 from .sources import Shapes, Source
+from .weight_files import ADAPTER_CONFIG, open_adapter_weights
 
 Number = TypeVar("Number", int, float)
 MAX_SECONDS = 1.0  # to match one pattern
@@ -42,7 +42,7 @@ class AdapterSource(Source):
         self._pretrained, folder = pretrained, Path(folder)
         config = load_lora_config(folder)
         self._settings = (folder / ADAPTER_CONFIG).read_text()
-        self._tensors = SafetensorsSource(folder / ADAPTER_WEIGHTS)
+        self._tensors = open_adapter_weights(folder)
         self._replaced: dict[str, str] = {}  # name in the model → key of a tensor stored whole
         self._factors: dict[str, tuple[str, str, float]] = {}  # name in the model → keys of B and A, scaling
         shapes = self._tensors.shapes()
@@ -64,14 +64,14 @@ class AdapterSource(Source):
         for name, key in self._replaced.items():
             if "lora_" in name:
                 raise PlanError(f"{folder}: the tensor {key} belongs to a kind of adapter that can't be read")
-            if pretrained_shapes.get(name) != shapes[key]:
+            if pretrained_shapes.get(name, ())[1:] != shapes[key][1:] or name not in pretrained_shapes:
                 raise PlanError(_other_base_model(folder, name, pretrained_shapes.get(name), shapes[key]))
         for name, (b, a, _) in self._factors.items():
             if len(shapes[a]) != 2 or len(shapes[b]) != 2:
                 raise PlanError(f"{folder}: {name} is adapted by a convolution, not a linear layer; merge it first")
             required = (shapes[b][0], shapes[a][1])
             required = required[::-1] if "lora_embedding_" in a else required
-            if pretrained_shapes.get(name) != required or shapes[b][1] != shapes[a][0]:
+            if self.shapes().get(name) != required or shapes[b][1] != shapes[a][0]:
                 raise PlanError(_other_base_model(folder, name, pretrained_shapes.get(name), required))
 
     def stamp(self) -> Hashable | None:
@@ -83,24 +83,26 @@ class AdapterSource(Source):
         return f"{self._tensors.digest()}/{self._settings}"
 
     def shapes(self) -> Shapes:
-        """See `Source.shapes`."""
-        return self._pretrained.shapes()
+        """See `Source.shapes`. A tensor that is stored whole may have another number of rows: added tokens."""
+        stored = self._tensors.shapes()
+        return {**self._pretrained.shapes(), **{name: stored[key] for name, key in self._replaced.items()}}
 
     def read(self, name: str) -> Tensor:
         """See `Source.read`. An adapted weight is computed as W + scaling·BA."""
-        if name in self._replaced:
-            return self._tensors.read(self._replaced[name])
-        pretrained, factors = self._pretrained.read(name), self.low_rank(name)
-        if factors is None:
-            return pretrained
-        delta = (factors[0] @ factors[1]).to(pretrained.device)
+        stored = self._replaced.get(name)
+        start = self._pretrained.read(name) if stored is None else self._tensors.read(stored)
+        if name not in self._factors:
+            return start
+        b, a = self._read_factors(name)
+        delta = (b @ a).to(start.device)
         delta = delta.T if "lora_embedding_" in self._factors[name][1] else delta
-        return (pretrained.to(delta.dtype) + delta).to(pretrained.dtype)
+        return (start.to(delta.dtype) + delta).to(start.dtype)
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """scaling·B (out, r) and A (r, in), at least float32; None for a tensor that is not adapted."""
-        if name not in self._factors:
-            return None
+        """scaling·B (out, r) and A (r, in), at least float32; None for a tensor that is not adapted or stored whole."""
+        return None if name not in self._factors or name in self._replaced else self._read_factors(name)
+
+    def _read_factors(self, name: str) -> tuple[Tensor, Tensor]:
         b_key, a_key, scaling = self._factors[name]
         b, a = self._tensors.read(b_key), self._tensors.read(a_key)
         dtype = torch.promote_types(a.dtype, torch.float32)
@@ -109,6 +111,17 @@ class AdapterSource(Source):
     def is_pretrained(self, name: str) -> bool:
         """Whether the adapter leaves a tensor alone."""
         return name not in self._replaced and name not in self._factors
+
+    def max_rank(self, name: str) -> int | None:
+        """See `Source.max_rank`: that of the adapter's factors."""
+        if name not in self._factors or name in self._replaced:
+            return super().max_rank(name)
+        b_key, _, _ = self._factors[name]
+        return self._tensors.shapes()[b_key][1]
+
+    def nbytes(self) -> int | None:
+        """See `Source.nbytes`."""
+        return self._tensors.total_bytes()
 
 
 def _check_module(folder: Path, module: str, known: Container[str]) -> None:

@@ -99,7 +99,7 @@ def check_writable_folder(folder: Path) -> None:
         parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(dir=parent).cleanup()
     except (OSError, ValueError) as error:  # ValueError for a path with a null byte
-        problem = f"nothing can be written to {str(parent)!r}: {_reason(error)}; choose another path"
+        problem = f"nothing can be written to {shortened(str(parent), 300)}: {_reason(error)}; choose another path"
         raise CheckpointError(problem) from None
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -72,19 +72,23 @@ def save(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> None:
             copy_companions(source, folder)
 
 
-def load(path: str | os.PathLike[str], pretrained: nn.Module | None = None, *, verify: bool = False) -> nn.Module:
+def load(
+    path: str | os.PathLike[str] | None, pretrained: nn.Module | None = None, *, verify: bool = False
+) -> nn.Module:
     """Load an upscaled model from a folder that `save` or ``save_pretrained`` wrote.
 
     A folder that is replaced meanwhile is read again: the model is one of those that were saved.
 
     Args:
-        path: The folder.
+        path: The folder. None, as of a model pool without its folder, is refused.
         pretrained: The pretrained model, which is copied and not modified. Models of transformers do not need it.
         verify: Read all tensors once more, and compare them with the digests that were saved; see `verify_checkpoint`.
 
     Raises:
         CheckpointError: The folder is no complete SMILE checkpoint; the reason is given.
     """
+    if path is None:  # a model pool without its mandatory option
+        raise CheckpointError("no folder of a SMILE checkpoint is given: set its path, e.g. modelpool.path=FOLDER")
     folder = Path(path)
     until = time.monotonic() + MAX_SECONDS
     while time.monotonic() < until:
@@ -141,7 +145,7 @@ def _from_pretrained(folder: Path, config: dict[str, Any]) -> PreTrainedModel:
 
 def _check_sizes(folder: Path, model_class: type[PreTrainedModel], stored: Shapes) -> None:
     """Raise CheckpointError for a config with other sizes than the files, before memory is allocated for them."""
-    config = model_class.config_class.from_pretrained(folder)
+    config = cast(Any, model_class.config_class).from_pretrained(folder)
     flat = getattr(config, "quantization_config", {}).get(FLAT_WEIGHTS, [])
     with torch.device("meta"):
         model = model_class._from_config(config)

@@ -8,6 +8,7 @@ from typing import Any
 import xxhash
 
 from ..exceptions import CheckpointError, PlanError
+from .names import shortened
 from .safetensors_source import SafetensorsSource
 from .schema import read_json
 from .sources import tensor_digest
@@ -37,7 +38,9 @@ def check_digests(folder: Path, section: Mapping[str, Any]) -> int:
     try:
         source = SafetensorsSource(folder)
         if missing := sorted(expected.keys() ^ source.shapes().keys()):
-            raise CheckpointError(f"{folder}: {missing[0]} is in the files or in {DIGESTS_FILE} alone; copy it again")
+            raise CheckpointError(
+                f"{folder}: {shortened(missing[0])} is in the files or in {DIGESTS_FILE} alone; copy it again"
+            )
         damaged = [name for name in expected if tensor_digest(source.read(name)) != expected[name]]
     except PlanError as error:
         raise CheckpointError(f"{error}; copy it again, or build the model again") from None

@@ -103,7 +103,7 @@ def parse_section(values: Mapping[str, Any], where: str) -> CheckpointValues:
         first = error.errors()[0]
         location = ".".join(str(part) for part in first["loc"])
         problem = f"{location}: {first['msg']}".strip(" :")
-    except PlanError as error:  # of the names
+    except (PlanError, UnicodeError) as error:  # of the names; text that is no Unicode
         problem = str(error)
     problem = shortened(problem, limit=300)
     raise CheckpointError(f"{where}: {problem}; the file is damaged or was edited: build the model again")

@@ -1,7 +1,7 @@
 """Sources: the tensors of a model, read one at a time and never modified, from memory or from files."""
 
 import os
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -52,6 +52,14 @@ class Source(Protocol):
         """Whether a tensor is known, without reading it, to equal the pretrained model's. By default nothing is."""
         return False
 
+    def max_rank(self, name: str) -> int | None:
+        """An upper bound of the rank of a weight's delta, if one is known without reading it."""
+        return 0 if self.is_pretrained(name) else None
+
+    def nbytes(self) -> int | None:
+        """The size of the files, if they hold less than a whole model; None (the default) for whole models."""
+        return None
+
 
 class StateDictSource(Source):
     """Tensors in memory. They may change, so they have no identity."""
@@ -100,6 +108,75 @@ class RenamedSource(Source):
         """See `Source.is_pretrained`."""
         return self._source.is_pretrained(self._names[name])
 
+    def max_rank(self, name: str) -> int | None:
+        """See `Source.max_rank`."""
+        return self._source.max_rank(self._names[name])
+
+    def nbytes(self) -> int | None:
+        """See `Source.nbytes`."""
+        return self._source.nbytes()
+
+
+class ResizedSource(Source):
+    """An expert with the pretrained model's shapes, where some of its tensors have more or fewer rows.
+
+    Rows that both have are the expert's, rows that the expert lacks are the pretrained ones, and additional rows are
+    not used.
+
+    Args:
+        resized: The names of the tensors with another number of rows.
+        kept: Those of them that are left as pretrained.
+    """
+
+    def __init__(
+        self, source: Source, pretrained: Source, resized: Collection[str], kept: Collection[str] = ()
+    ) -> None:  # fmt: skip
+        self._source, self._pretrained = source, pretrained
+        self._resized, self._kept = frozenset(resized), frozenset(resized) & frozenset(kept)
+
+    def shapes(self) -> Shapes:
+        """See `Source.shapes`."""
+        pretrained = self._pretrained.shapes()
+        return {**self._source.shapes(), **{name: pretrained[name] for name in self._resized}}
+
+    def read(self, name: str) -> Tensor:
+        """See `Source.read`."""
+        if name in self._kept:
+            return self._pretrained.read(name)
+        tensor = self._source.read(name)
+        if name not in self._resized:
+            return tensor
+        pretrained = self._pretrained.read(name).to(tensor)
+        return torch.cat([tensor[: len(pretrained)], pretrained[len(tensor) :]])
+
+    def identity(self, name: str) -> Hashable | None:
+        """See `Source.identity`. A resized tensor depends on the pretrained model too, so it has none."""
+        return None if name in self._resized else self._source.identity(name)
+
+    def stamp(self) -> Hashable | None:
+        """See `Source.stamp`. The pretrained model is not part of it."""
+        return self._source.stamp()
+
+    def digest(self) -> str:
+        """See `Source.digest`. The pretrained model is not part of it."""
+        return self._source.digest()
+
+    def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """See `Source.low_rank`."""
+        return None if name in self._resized else self._source.low_rank(name)
+
+    def is_pretrained(self, name: str) -> bool:
+        """See `Source.is_pretrained`."""
+        return name in self._kept or (name not in self._resized and self._source.is_pretrained(name))
+
+    def max_rank(self, name: str) -> int | None:
+        """See `Source.max_rank`."""
+        return super().max_rank(name) if name in self._resized else self._source.max_rank(name)
+
+    def nbytes(self) -> int | None:
+        """See `Source.nbytes`."""
+        return self._source.nbytes()
+
 
 def with_names_of(pretrained: Shapes, source: Source, aliases: Mapping[str, tuple[str, ...]]) -> Source:
     """A source with the names of the pretrained model, which are `aliases` of names that the source may have."""
@@ -117,26 +194,31 @@ ExpertSource = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str] | Sourc
 
 
 def open_source(expert: Any, pretrained: Source, aliases: Mapping[str, tuple[str, ...]] | None = None) -> Source | None:
-    """The source of a module, state dict, folder or safetensors file; None for what has to be loaded first.
+    """The source of a module, state dict, folder, weight file or name on the hub; None for what is to be loaded first.
 
-    A source is returned as it is. A folder holds a model or a PEFT adapter. For `aliases` see `stored_names`: tensors
-    get the names of the pretrained model. Raises PlanError if a folder or file cannot be read.
+    A source is returned as it is. A folder holds a model or a PEFT adapter, and a name on the hub is downloaded. For
+    `aliases` see `stored_names`: tensors get the names of the pretrained model. Raises PlanError if a folder or file
+    cannot be read.
     """
     source = _open(expert, pretrained, aliases)
     return source and with_names_of(pretrained.shapes(), source, aliases or {})
 
 
 def _open(expert: Any, pretrained: Source, aliases: Mapping[str, tuple[str, ...]] | None) -> Source | None:
-    from .safetensors_source import ADAPTER_CONFIG, SafetensorsSource  # it builds on this module
+    from .weight_files import ADAPTER_CONFIG, open_weights  # it builds on this module
 
     if isinstance(expert, (nn.Module, Mapping)):
         return StateDictSource(expert.state_dict() if isinstance(expert, nn.Module) else expert)
     if isinstance(expert, (str, os.PathLike)):
+        if isinstance(expert, str):
+            from .hub import local_path
+
+            expert = local_path(expert)
         if (Path(expert) / ADAPTER_CONFIG).exists():
             from .adapter_source import AdapterSource  # PEFT takes seconds to import
 
             return AdapterSource(expert, pretrained)
-        return SafetensorsSource(expert, like=pretrained.shapes(), aliases=aliases)
+        return open_weights(expert, like=pretrained.shapes(), aliases=aliases)
     return expert if hasattr(expert, "read") and hasattr(expert, "shapes") else None
 
 

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from itertools import count
 from pathlib import Path
@@ -14,8 +14,17 @@ import pandas as pd
 
 from ..exceptions import SmileError
 from ..io.tables import printable
-from ..reports import REPORT_FILE, ReportError, RunReport, TaskResult, average_of, retention_of
-from .published import published_for
+from ..reports import (
+    PROGRAM_REPORT_FILE,
+    REPORT_FILE,
+    ReportError,
+    RunReport,
+    TaskResult,
+    average_of,
+    read_program_report,
+    retention_of,
+)
+from .published import Published, published_for
 
 OVERRIDES_FILE = "overrides.yaml"  # Hydra writes it at the start of a job
 MEASURED, PUBLISHED = "measured", "published"
@@ -71,6 +80,8 @@ class Board:
     # ``published``), ``kind`` (``individual`` or ``merged``), `OPTIONS`, ``device`` and ``folder``
     table: pd.DataFrame
     notes: list[str] = field(default_factory=list)  # remarks on the table
+    # further published results of SMILE, in figures alone: ``method``, ``parameters``, ``average``, ``retention``
+    published_smile: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def measured(self) -> pd.DataFrame:
@@ -133,7 +144,7 @@ def arrange(board: Board, sort: str = "average", methods: Sequence[str] = (), wh
     if sort not in table.columns:
         raise SmileError(f"--sort {sort}: the columns are {', '.join(board.table.columns)}")
     ordered = table.sort_values(sort, ascending=sort in ASCENDING, kind="stable").sort_values("origin", kind="stable")
-    return Board(board.benchmark, board.tasks, ordered, board.notes)
+    return replace(board, table=ordered)
 
 
 def pareto(table: pd.DataFrame, cost: str = "parameters", score: str = "average") -> pd.Series:
@@ -144,8 +155,9 @@ def pareto(table: pd.DataFrame, cost: str = "parameters", score: str = "average"
 
 
 def _read(folder: Path) -> Run | Skipped:
+    ours = (folder / REPORT_FILE).exists() or not (folder / PROGRAM_REPORT_FILE).exists()
     try:
-        report = RunReport.read(folder / REPORT_FILE)
+        report = RunReport.read(folder / REPORT_FILE) if ours else read_program_report(folder)
     except ReportError as error:
         return Skipped(folder, str(error))
     if report.status == "failed":
@@ -177,7 +189,7 @@ def _run_folders(root: Path) -> Iterator[Path]:
                 names.add(entry.name)
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(Path(entry.path))
-        if names & {REPORT_FILE, OVERRIDES_FILE}:
+        if names & {REPORT_FILE, PROGRAM_REPORT_FILE, OVERRIDES_FILE}:
             yield folder
 
 
@@ -187,21 +199,23 @@ def _board(benchmark: str, runs: list[Run], published: bool) -> Board:
     columns = task_columns([*tasks, *(task for run in runs for task in run.report.tasks)])
     individual = [run.report.tasks for run in runs if run.report.kind == "individual"]
     rows = [_row(run, individual, columns) for run in runs]
-    notes = []
+    notes, published_smile = [], pd.DataFrame()
     if any(list(run.report.tasks) != tasks for run in runs):
         notes.append("some runs lack tasks: their averages are not comparable")
     if individual:
         notes.append("the parameters of the individual models are those of all models together")
     results = published_for(reference.modelpool, tasks) if published else None
     if results is not None:
-        rows += _reference_rows(results.table.rename(columns=columns), results.individual)
-        notes += [f"rows marked † are published, not measured here: {results.source}", results.smile]
+        rows += _reference_rows(results, columns)
+        published_smile = _published_smile(results)
+        notes += [f"rows marked † are published, not measured here: {results.source}"]
+        notes += [results.note] if len(published_smile) else []
     table = pd.DataFrame(rows)
     shown = [columns[task] for task in tasks]
     table = table.reindex(columns=list(dict.fromkeys(["method", *shown, *COLUMNS, *table])))
     numbers = {*columns.values(), *COLUMNS, *OPTIONS}
     table = pd.DataFrame({name: pd.to_numeric(table[name]) if name in numbers else table[name] for name in table})
-    return Board(printable(benchmark), shown, table, notes)
+    return Board(printable(benchmark), shown, table, notes, published_smile)
 
 
 def _row(run: Run, individual: Sequence[Mapping[str, TaskResult]], columns: Mapping[str, str]) -> dict[str, object]:
@@ -230,8 +244,28 @@ def _finite_number(value: Any) -> float | None:
     return None
 
 
-def _reference_rows(table: pd.DataFrame, individual: str) -> list[dict[str, object]]:
-    retention = 100 * table["average"] / table.at[individual, "average"]
-    rows = table.assign(method=table.index + " †", retention=retention, origin=PUBLISHED, kind="merged")
-    rows.loc[individual, "kind"] = "individual"
-    return rows.to_dict("records")
+def _reference_rows(results: Published, columns: Mapping[str, str]) -> list[dict[str, object]]:
+    """The published rows of a table: other methods, and a selection of SMILE."""
+    default = results.smile[results.smile["default"]] if len(results.smile) else results.smile
+    rows = pd.concat([results.table, default]).drop(columns="default", errors="ignore")
+    rows = rows.assign(
+        method=rows.index + " †", retention=_published_retention(results, rows), origin=PUBLISHED, kind="merged"
+    )
+    if results.individual is not None:
+        rows.loc[results.individual, "kind"] = "individual"
+    return rows.rename(columns=dict(columns)).to_dict("records")
+
+
+def _published_smile(results: Published) -> pd.DataFrame:
+    """All published results of SMILE; empty without any."""
+    smile = results.smile
+    if not len(smile):
+        return smile
+    values = smile[["parameters", "average"]].assign(retention=_published_retention(results, smile))
+    return values.reset_index()
+
+
+def _published_retention(results: Published, rows: pd.DataFrame) -> pd.Series:
+    """Averages in percent of the published average of the individual models; NaN where that is unknown."""
+    individual = float("nan") if results.individual is None else results.table.at[results.individual, "average"]
+    return 100 * rows["average"] / individual

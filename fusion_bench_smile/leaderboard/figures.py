@@ -112,10 +112,17 @@ def _scatter_panel(axis: Axes, board: Board, score: str, styles: dict[str, tuple
         )
     front = table[pareto(table, score=score)].sort_values("parameters")
     axis.plot(front["parameters"], front[score], color="0.55", lw=1, ls="--", zorder=2, label="Pareto front")
+    published = board.published_smile
+    if len(published):
+        axis.scatter(
+            published["parameters"], published[score], s=18, facecolors="none", edgecolors="0.6", zorder=2,
+            label="SMILE, published †",
+        )  # fmt: skip
     if score == "retention":
         axis.axhline(100, color="0.8", linewidth=1, zorder=1)
     axis.set_xscale("log", base=2)
-    low, high = table["parameters"].min(), table["parameters"].max()
+    ratios = pd.concat([table["parameters"], published.get("parameters", pd.Series(dtype=float))])
+    low, high = ratios.min(), ratios.max()
     ticks = [tick for tick in TICKS if low * 0.9 <= tick <= high * 1.1]
     axis.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
     axis.minorticks_off()

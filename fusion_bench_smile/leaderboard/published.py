@@ -10,16 +10,22 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 FOLDER = Path(__file__).parent / "published"
+OPTIONS = ("gate_k", "k", "top_k")
 
 
 class Published(NamedTuple):
     """Published results on one benchmark."""
 
     title: str  # name of the benchmark
-    table: pd.DataFrame  # method × task: scores in percent, and their ``average``, as published
-    individual: str  # the row of the table with the individual models
+    table: (
+        pd.DataFrame
+    )  # method × task: scores in percent, and their ``average``, as published; other methods than SMILE
+    individual: str | None  # the row of the table with the individual models; None without one
     source: str  # citation of the publication
-    smile: str  # note on the published results of SMILE
+    smile: (
+        pd.DataFrame
+    )  # the same of SMILE, with ``parameters`` relative to the pretrained model, `OPTIONS`, ``default``
+    note: str  # on the published results of SMILE
 
 
 @cache
@@ -29,10 +35,33 @@ def sources() -> dict[str, Any]:
 
 
 def load(name: str) -> Published:
-    """Load the published results ``published/{name}.csv``, e.g. ``clip_vit_b32_ta8``."""
-    metadata = sources()
-    title, table = metadata["benchmarks"][name]["title"], pd.read_csv(FOLDER / f"{name}.csv", index_col="method")
-    return Published(title, table, metadata["individual"], metadata["source"], metadata["smile"])
+    """Load the published results ``published/{name}.csv`` and ``published/smile_{name}.csv``, e.g. clip_vit_b32_ta8."""
+    metadata, benchmark = sources(), sources()["benchmarks"][name]
+    smile = _load_smile(name, benchmark)
+    file = FOLDER / f"{name}.csv"
+    scores = [column for column in smile if column not in (*OPTIONS, "parameters", "default")]
+    table = pd.read_csv(file, index_col="method") if file.exists() else pd.DataFrame(columns=scores)
+    individual = metadata["individual"] if file.exists() else None
+    return Published(benchmark["title"], table, individual, metadata["source"], smile, metadata["smile"])
+
+
+def _load_smile(name: str, benchmark: dict[str, Any]) -> pd.DataFrame:
+    """Published results of SMILE, with the parameter ratio of the framework's layout; empty without any."""
+    file = FOLDER / f"smile_{name}.csv"
+    if not file.exists():
+        return pd.DataFrame()
+    table = pd.read_csv(file)
+    table["parameters"] = table.pop("num_params") / benchmark["pretrained_parameters"]
+    ranks = [(row.gate_k, row.k, row.top_k) for row in table.itertuples()]
+    table["default"] = [list(rank) in [[*pair, 1] for pair in benchmark["default"]] for rank in ranks]
+    models = [f", {model}" for model in table.pop("model")] if "model" in table else [""] * len(table)
+    table.index = pd.Index([_label(*rank) + model for rank, model in zip(ranks, models, strict=True)], name="method")
+    return table
+
+
+def _label(gate_k: int, k: int, top_k: int) -> str:
+    more = "" if top_k == 1 else f", top_k={top_k}"
+    return f"SMILE (gate_k={gate_k}, k={'dense' if k == -1 else k}{more})"
 
 
 def published_for(modelpool: str, tasks: Collection[str]) -> Published | None:

@@ -160,4 +160,10 @@ def _board_data(board: Board) -> dict[str, Any]:
         }
         for _, row in board.table.iterrows()
     ]  # fmt: skip
-    return {"benchmark": board.benchmark, "notes": board.notes, "columns": columns, "rows": rows}
+    published = [
+        {key: None if pd.isna(value) else value for key, value in row.items()}
+        for row in board.published_smile.to_dict("records")
+    ]
+    return {
+        "benchmark": board.benchmark, "notes": board.notes, "columns": columns, "rows": rows, "published": published,
+    }  # fmt: skip

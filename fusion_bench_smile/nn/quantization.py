@@ -29,6 +29,9 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
     The error of an entry is at most half a scale: 1/254 of the row's largest entry.
     """
-    scale = rows.abs().amax(dim=-1, keepdim=True) / LARGEST_INT8
-    integers = torch.round(rows / scale.clamp(min=torch.finfo(rows.dtype).tiny)).clamp(-LARGEST_INT8, LARGEST_INT8)
-    return integers.to(torch.int8), scale
+    work, limits = rows.to(torch.promote_types(rows.dtype, torch.float32)), torch.finfo(rows.dtype)
+    scale = work.abs().amax(dim=-1, keepdim=True) / LARGEST_INT8
+    step = limits.tiny * limits.eps  # of subnormal scales, which are common in float16 and have few digits: rounded up
+    stored = torch.where(scale < limits.tiny, torch.ceil(scale / step) * step, scale).to(rows.dtype)
+    integers = torch.round(work / stored.to(work).clamp(min=step)).clamp(-LARGEST_INT8, LARGEST_INT8)
+    return integers.to(torch.int8), stored

@@ -24,7 +24,11 @@ SCHEMA_VERSION = 1
 LARGEST_FILE = 64 * 2**20  # bytes; a report of a thousand layers has less than one MiB
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Difference = Annotated[int, Field(gt=-(2**63), lt=2**63)]
-PERCENT_SCALES = {"accuracy": 100.0, "spearman_rho": 100.0}  # task pools give these metrics as fractions
+# metrics that task pools and lm-eval give as fractions; the first that a task has is its score
+PERCENT_SCALES = dict.fromkeys(
+    ("accuracy", "spearman_rho", "exact_match (strict-match)", "exact_match (flexible-extract)", "exact_match",
+     "acc_norm", "acc", "f1"), 100.0,
+)  # fmt: skip
 RESERVED_ENTRIES = ("average", "model_info", "run")  # entries of a task pool's report that are no tasks
 
 
@@ -189,7 +193,7 @@ def _read_file(file: Path) -> bytes:
             raise ReportError(f"the report can't be read: it has more than {LARGEST_FILE:,} bytes")
         return file.read_bytes()
     except FileNotFoundError:
-        raise ReportError("no report: the run was killed, or still goes on") from None
+        raise ReportError("no report: the run was a dry run, was killed, or still goes on") from None
     except OSError as error:
         raise ReportError(f"the report can't be read: {error.strerror or error}") from None
 

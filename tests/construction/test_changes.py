@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from command_line import in_two_processes
 from conftest import clip_tower, experts_of, gpt2, mlp, perturbed, tied_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -267,7 +267,6 @@ def test_distances() -> None:
 
 
 def work(rank: int, size: int, folder: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     torch.manual_seed(0)
     base = mlp()
@@ -281,7 +280,7 @@ def work(rank: int, size: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_all_processes_agree(tmp_path: Path) -> None:
-    mp.spawn(work, (2, str(tmp_path)), nprocs=2)
+    in_two_processes(work, tmp_path)
     (changes, refusal), second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert second == (changes, refusal)
     assert "recurrent layers" in refusal

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from command_line import in_two_processes
 from conftest import clip_tower, experts_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,38 +35,45 @@ def test_every_item_is_assigned_once_and_the_costs_are_balanced(costs, size):
         assert [here for i, here in enumerate(assigned) if i == 0 or here != assigned[i - 1]].count(True) <= 1
 
 
-def work(rank: int, size: int, folder: str, options: dict) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    torch.manual_seed(0)
-    model = clip_tower()
-    experts: list = experts_of(model)
-    calls: list[int] = []
-    upscaled = upscale(model, experts, share_work=True, on_progress=lambda done, total: calls.append(total), **options)
-    torch.save((upscaled.state_dict(), calls), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 OPTIONS: list[dict] = [{"k": 4, "gate_k": 2}, {"k": -1, "gate_k": 2, "average_experts": True}]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", OPTIONS, ids=["low rank", "dense and averaged"])
-def test_two_processes_build_the_model_that_one_builds(tmp_path: Path, options: dict):
-    mp.spawn(work, (2, str(tmp_path), options), nprocs=2)
+def work(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = clip_tower()
-    expected = upscale(model, experts_of(model), **options).state_dict()
-    counts = []
-    for rank in range(2):
-        state, calls = torch.load(tmp_path / f"{rank}.pt")
-        assert state.keys() == expected.keys()
-        assert all(torch.equal(state[name], expected[name]) for name in expected)
-        assert len(calls) == calls[0]
-        counts.append(len(calls))
-    assert sum(counts) == 36
-    assert min(counts) > 9
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    results = []
+    for options in OPTIONS:
+        torch.manual_seed(0)
+        model = clip_tower()
+        calls: list[int] = []
+        upscaled = upscale(
+            model,
+            experts_of(model),
+            share_work=True,
+            on_progress=lambda done, total, calls=calls: calls.append(total),
+            **options,
+        )
+        results.append((upscaled.state_dict(), calls))
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_build_the_model_that_one_builds(tmp_path: Path):
+    in_two_processes(work, tmp_path)
+    torch.set_num_threads(1)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for number, options in enumerate(OPTIONS):
+        torch.manual_seed(0)
+        model = clip_tower()
+        expected = upscale(model, experts_of(model), **options).state_dict()
+        counts = []
+        for state, calls in (result[number] for result in results):
+            assert state.keys() == expected.keys()
+            assert all(torch.equal(state[name], expected[name]) for name in expected)
+            assert len(calls) == calls[0]
+            counts.append(len(calls))
+        assert sum(counts) == 36
+        assert min(counts) > 9
 
 
 def interrupt(done: int, total: int) -> None:
@@ -126,10 +133,10 @@ def faults(rank: int, folder: Path) -> Iterator[tuple[str, Callable[[], object]]
     yield "missing process", (lambda: None) if second else call()
 
 
-def meet_faults(rank: int, folder: str) -> None:
+def meet_faults(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=5)
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size, timeout=timedelta(seconds=5)
     )
     outcomes: dict[str, tuple[str, object]] = {}
     for name, attempt in faults(rank, Path(folder)):
@@ -156,10 +163,9 @@ MESSAGES = {
 }
 
 
-@pytest.mark.slow
 def test_processes_with_different_inputs_or_errors_end_together(tmp_path: Path):
     save_models(tmp_path)
-    mp.spawn(meet_faults, (str(tmp_path),), nprocs=2)
+    in_two_processes(meet_faults, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     base = type(clip_tower()).from_pretrained(tmp_path / "base")
     expected = upscale(base, {"red": tmp_path / "red", "green": tmp_path / "green"}, k=4, gate_k=2).state_dict()

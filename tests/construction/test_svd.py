@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,6 +60,135 @@ def test_every_method_finds_the_best_approximation(rows, columns, rank, decay, s
     error = (matrix.double() - factors.up.double() @ factors.down.double()).square().sum()
     left = torch.linalg.svdvals(matrix.double())[factors.rank :].square().sum()
     assert float((error - left) / expected.square().sum()) < 1e-5
+
+
+@st.composite
+def clustered_values(draw: st.DrawFn, count: int) -> Tensor:
+    """Singular values with many that are equal, or nearly so, after some that are larger, before others or none."""
+    larger, equal = draw(st.integers(0, 24)), draw(st.integers(15, 200))
+    width = draw(st.sampled_from([0.0, 1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2]))
+    rest = torch.rand(count - larger - equal).double()
+    rest = draw(st.sampled_from([rest, 0.8 ** torch.arange(len(rest)).double()]))
+    smaller = draw(st.sampled_from([0.0, 1e-3, 0.5, 0.97]))
+    step = draw(st.sampled_from([1e-3, 0.1, 3.0]))
+    cluster = 1 + width * torch.rand(equal).double()
+    return torch.cat([1 + width + step * torch.arange(1, larger + 1), cluster, smaller * rest])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    values=clustered_values(300),
+    rank=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    scale=st.sampled_from([1e-25, 1.0, 1e25]),
+    wide=st.booleans(),
+    method=st.sampled_from(["krylov", "krylov", "gram", "auto"]),
+)
+def test_no_method_misses_one_of_many_equal_values(values, rank, dtype, scale, wide, method):
+    matrix = scale * spectrum(330, 300, values)
+    matrix = (matrix.T if wide else matrix).to(dtype)
+    factors = truncated_svd(matrix, rank, method=method)
+    assert min(rank, int((values >= 1).sum())) <= factors.rank <= rank
+    assert missed_energy(matrix / scale, factors, rank) < 1e-5
+    expected = torch.linalg.svdvals(matrix.double() / scale)[: factors.rank]
+    torch.testing.assert_close(factors.s.double() / scale, expected, rtol=1e-4, atol=1e-5 * float(values.max()))
+
+
+def hadamard(size: int) -> Tensor:
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
+
+
+def with_columns(*scales: float) -> Tensor:
+    """Noise, with equally many columns of each scale."""
+    return torch.cat([scale * torch.randn(300, 280 // len(scales)) for scale in scales], dim=1)
+
+
+HARD: dict[str, Callable[[], Tensor]] = {
+    "a cluster": lambda: spectrum(
+        420, 400, torch.cat([1 + 1e-3 * torch.rand(150), 0.8 ** torch.arange(1, 200)]).double()
+    ),
+    "a wider cluster": lambda: spectrum(
+        420, 400, torch.cat([1 + 4e-3 * torch.rand(200), 0.8 ** torch.arange(1, 200)]).double()
+    ),
+    "128 equal values": lambda: spectrum(600, 512, torch.cat([torch.ones(128), torch.full((300,), 0.7)]).double()),
+    "equal blocks": lambda: torch.block_diag(*[torch.randn(15, 15).double()] * 40),
+    "equal wide blocks": lambda: torch.block_diag(*[spectrum(9, 15, 0.7 ** torch.arange(9.0).double())] * 40),
+    "a Kronecker product": lambda: torch.kron(
+        torch.linalg.qr(torch.randn(32, 32).double()).Q.contiguous(),
+        spectrum(12, 12, 0.6 ** torch.arange(12.0).double()),
+    ),
+    "a Kronecker product in float32": lambda: torch.kron(
+        torch.linalg.qr(torch.randn(32, 32)).Q.contiguous(), torch.randn(10, 10)
+    ),
+    "17 of each value": lambda: torch.diag(0.8 ** (torch.arange(400.0) // 17)),
+    "identity": lambda: torch.eye(300),
+    "orthonormal columns": lambda: torch.linalg.qr(torch.randn(500, 300)).Q,
+    "Hadamard": lambda: hadamard(256),
+    "rows of a Hadamard matrix": lambda: hadamard(512)[:300],
+    "64 equal directions": lambda: spectrum(400, 300, torch.ones(64).double()),
+    "64 equal directions, rounded": lambda: spectrum(400, 300, torch.ones(64).double()).bfloat16(),
+    "20 above flat noise": lambda: spectrum(400, 300, torch.cat([torch.full((20,), 5.0), torch.ones(280)]).double()),
+    "steps below the resolution": lambda: spectrum(
+        400, 300, torch.cat([torch.ones(20), torch.full((200,), 0.02), torch.full((80,), 0.001)]).double()
+    ),
+    "columns of 1e-25": lambda: with_columns(1.0, 1e-25),
+    "columns down to denormal numbers": lambda: with_columns(1.0, *10.0 ** torch.arange(-6.0, -44, -1.0)),
+    "columns that overflow when squared": lambda: with_columns(1e25, 1.0),
+    "columns of 1e-200": lambda: with_columns(1.0, 1.0).double() * torch.tensor([1.0, 1e-200]).double().repeat(140),
+    "rows of zeros": lambda: torch.cat([torch.randn(40, 300), torch.zeros(300, 300)]),
+    "repeated rows": lambda: torch.randn(12, 300).repeat(30, 1),
+    "ones": lambda: torch.ones(300, 290),
+}
+
+
+@pytest.mark.parametrize("method", ["gram", "krylov", "auto"])
+@pytest.mark.parametrize("name", HARD)
+def test_hard_matrices(name, method):
+    matrix = HARD[name]()
+    scaled = matrix.double() / matrix.abs().max()
+    for rank in (4, 20, 32):
+        factors = truncated_svd(matrix, rank, method=method)
+        assert missed_energy(scaled, factors, rank) < 1e-5
+        identity = torch.eye(factors.rank, dtype=factors.down.dtype)
+        torch.testing.assert_close(factors.down @ factors.down.T, identity, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(600, 600), (1600, 560)])
+def test_noise_needs_no_fallback(monkeypatch, shape):
+    eigh, sides = torch.linalg.eigh, []
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: sides.append(len(matrix)) or eigh(matrix))
+    truncated_svd(torch.randn(shape), 32)
+    assert 0 < max(sides) < min(shape)  # the Gram matrix was not decomposed
+
+
+def test_lapack_failures_end_in_float64(monkeypatch):
+    def fail(matrix: Tensor) -> None:
+        raise torch.linalg.LinAlgError
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    matrix = torch.randn(120, 100)
+    for method in ("gram", "krylov"):
+        factors = truncated_svd(matrix, 12, method=method)
+        assert missed_energy(matrix, factors, 12) < 1e-12
+
+
+def test_a_layout_in_memory_does_not_change_the_bits():
+    matrix = torch.randn(400, 380)
+    for each in (matrix, matrix.T):
+        copies = (each.contiguous(), each.T.contiguous().T)
+        first, second = (truncated_svd(copy, 9) for copy in copies)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_matrix_that_is_not_finite_is_refused(value):
+    matrix = torch.randn(9, 7)
+    matrix[3, 2] = value
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        truncated_svd(matrix, 2)
 
 
 @pytest.mark.parametrize("method", ["gram", "krylov"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from command_line import in_two_processes
 from conftest import clip_tower, experts_of, mlp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -77,7 +77,6 @@ def test_a_loaded_model_requires_the_same_gradients(options: dict, tmp_path: Pat
 
 
 def train(rank: int, size: int, folder: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     for options in ({"k": -1}, {"k": 4, "routing_use_diff": False}, {"k": 4, "routing_scope": "two_pass"}):
         train_two_steps(upscaled(**options))
@@ -95,4 +94,4 @@ def train_two_steps(model: nn.Module) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_two_steps(tmp_path: Path) -> None:
-    mp.spawn(train, (2, str(tmp_path)), nprocs=2)
+    in_two_processes(train, tmp_path)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import REPOSITORY, Workplace, fails_with, fusion_bench, on_one_and_two_processes
+from command_line import REPOSITORY, Workplace, fails_with, fusion_bench, image_pools, on_one_and_two_processes
 from conftest import clip_tower, perturbed, t5
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -248,7 +248,6 @@ def test_other_hydra_applications_are_left_alone(tmp_path):
     assert "fusion-bench-smile" not in completed.stdout
 
 
-IMAGES = ["method=smile_upscaling", "modelpool=SmileEmbedded/gentle", "taskpool=SmileEmbedded/validation"]
 BEYOND_THE_PAPER = [
     "method.routing_scope=two_pass", "method.routing_score=dual", "method.top_k=2", "method.expert_parameters=norms",
     "method.calibration=8", "method.param_ratio=1.2", "method.allocation=energy", "method.storage=int8",
@@ -258,9 +257,8 @@ BEYOND_THE_PAPER = [
 @pytest.mark.parametrize("options", [[], BEYOND_THE_PAPER], ids=["the paper's", "beyond the paper"])
 def test_two_processes_report_and_save_like_one(options, tmp_path):
     """Two CPU processes (gloo): each evaluates a part, the report is of all samples, one checkpoint is written."""
-    common = [*IMAGES, "method.gate_k=4", "method.k=8", *options, "print_config=false"]
-    for task in ("clothes", "animals", "textures", "planets", "letters", "kana"):
-        common += [f"~modelpool.models.{task}", f"~taskpool.test_datasets.{task}"]
+    pools = image_pools(tmp_path, {"digits": 60, "flags": 15})
+    common = [*pools, "method=smile_upscaling", "method.gate_k=4", "method.k=8", *options, "print_config=false"]
     one, two = on_one_and_two_processes(*common, "merged_model_save_path=saved", folder=tmp_path)
     assert one["model_info"] == two["model_info"]
     for task in ("digits", "flags"):

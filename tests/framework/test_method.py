@@ -6,11 +6,15 @@ import copy
 
 import pytest
 import torch
-from conftest import clip_inputs, clip_tower, experts_of, mlp, mlp_inputs, output
+from conftest import clip_inputs, clip_tower, experts_of, mlp, mlp_inputs, output, t5
+from fusion_bench.compat.taskpool.flan_t5_glue_text_generation import FlanT5GLUETextGenerationTaskPool
 from fusion_bench.modelpool import BaseModelPool
+from fusion_bench.taskpool import CLIPVisionModelTaskPool, DummyTaskPool
 from lightning import Fabric
 
 from fusion_bench_smile import ConfigError, PlanError, SmileUpscalingAlgorithm, calibrate, load, upscale
+from fusion_bench_smile.framework.method import check_task_pool
+from fusion_bench_smile.framework.task_pools import ExactCLIPVisionModelTaskPool
 from fusion_bench_smile.io import metadata_of
 
 
@@ -125,9 +129,10 @@ def test_calibration_refuses_what_it_can_not_do():
     base = clip_tower()
     models = {"_pretrained_": base, **dict(zip("ab", experts_of(base, 2), strict=True))}
     options = {"gate_k": 2, "k": 4, "routing_scope": "two_pass"}
-    with pytest.raises(PlanError, match=r"calibration=4 needs train_datasets\.a in the model pool"):
+    with pytest.raises(PlanError, match=r"calibration needs train_datasets\.a in the model pool"):
         SmileUpscalingAlgorithm(**options, calibration=4).run(BaseModelPool(models))
     strange = {name: data_set(sound=[1, 2]) for name in "ab"}
+    models["b"].vision_model.encoder.layers[0].mlp.fc1.weight.data[0, 0] = torch.nan  # found when it is factored
     with pytest.raises(PlanError, match="training examples of 'a' have sound"):
         SmileUpscalingAlgorithm(**options, calibration=4).run(BaseModelPool(models, train_datasets=strange))
     with pytest.raises(ConfigError, match="calibration=4 needs routing_scope=two_pass"):
@@ -146,3 +151,52 @@ def test_refusals():
         SmileUpscalingAlgorithm().run({"a": base})
     with pytest.raises(PlanError, match="no experts"):
         SmileUpscalingAlgorithm().run([base])
+
+
+def test_the_names_of_the_frameworks_methods_for_language_models(tmp_path, caplog):
+    """Those of `smile_mistral_upscaling` and `causal_lm_upscaling`; null in the configuration is no option."""
+    path = str(tmp_path / "model")
+    method = SmileUpscalingAlgorithm(
+        num_experts_per_tok=2, rank_of_router=3, rank_of_expert=-7, model_save_path=path, accelerator="cpu",
+        device="auto", gate_k=16, k=32, top_k=1, model_path=None, save_with_remote_code=True, model_type=None,
+        model_dtype=None,
+    )  # fmt: skip
+    options = method.options
+    assert (options.top_k, options.gate_k, options.k, method.model_path) == (2, 3, -1, path)
+    assert options.compute_device.type == "cpu"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("save_with_remote_code=True has no effect: checkpoints hold no code")
+    assert SmileUpscalingAlgorithm(rank_of_expert=8, k=8).options.k == 8
+    with pytest.raises(ConfigError, match="k=4 and rank_of_expert=8 are one option: give one of them"):
+        SmileUpscalingAlgorithm(rank_of_expert=8, k=4)
+    with pytest.raises(ConfigError, match="unknown option 'rank_of_experts'"):
+        SmileUpscalingAlgorithm(rank_of_experts=8)
+
+
+@pytest.mark.parametrize(
+    ("make", "taskpool", "message"),
+    [
+        (
+            t5,
+            CLIPVisionModelTaskPool,
+            "CLIPVisionModelTaskPool evaluates models of images, and the model pool has a T5For",
+        ),
+        (
+            clip_tower,
+            FlanT5GLUETextGenerationTaskPool,
+            "evaluates models of texts, and the model pool has a CLIPVision",
+        ),
+        (clip_tower, CLIPVisionModelTaskPool, None),
+        (lambda: clip_tower().vision_model, ExactCLIPVisionModelTaskPool, None),
+        (t5, FlanT5GLUETextGenerationTaskPool, None),
+        (mlp, DummyTaskPool, None),
+        (mlp, type(None), None),
+    ],
+)
+def test_a_task_pool_of_another_kind_is_refused_before_anything_is_built(make, taskpool, message):
+    empty = taskpool.__new__(taskpool)
+    if message is None:
+        check_task_pool(empty, make())
+        return
+    with pytest.raises(PlanError, match=message):
+        check_task_pool(empty, make())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime, timezone
+from pathlib import Path
 
 import pytest
 from conftest import experts_of, mlp
@@ -12,8 +13,10 @@ from sample_reports import report
 
 from fusion_bench_smile import upscale
 from fusion_bench_smile.framework import ReportingFusionProgram, objective_of
-from fusion_bench_smile.framework.program import _write_task_report, unused_change
-from fusion_bench_smile.reports import REPORT_FILE, ReportError, RunReport
+from fusion_bench_smile.framework.program import _write_task_report, method_options, unused_change
+from fusion_bench_smile.reports import REPORT_FILE, ReportError, RunReport, label_of
+
+CONFIG = Path(__file__).resolve().parents[2] / "config"
 
 
 def test_a_failure_is_recorded_or_logged(tmp_path, caplog):
@@ -65,3 +68,16 @@ def test_what_an_upscaled_model_does_not_use_is_reported(tmp_path):
     assert RunReport.read(report(unused_change=found.model_dump()).write(tmp_path)).unused_change == found
     assert unused_change(base) is None
     assert report().unused_change is None
+
+
+def test_reports_have_one_name_for_each_option():
+    config = OmegaConf.load(CONFIG / "method" / "smile_upscaling.yaml")
+    config.factor_cache = None
+    own, foreign = config.copy(), config.copy()
+    own.k, own.gate_k, own.save_with_remote_code = 64, 8, True
+    foreign.rank_of_expert, foreign.rank_of_router = 64, 8
+    options = [method_options(OmegaConf.to_container(each)) for each in (own, foreign)]
+    assert options[0] == options[1]
+    assert label_of(options[1]) == "SMILE (gate_k=8, k=64)"
+    other = {"_target_": "fusion_bench.method.Other", "rank_of_expert": 3}
+    assert method_options(other) == other

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
-import fusion_bench.constants.paths  # marks the application as the framework's
+import fusion_bench.constants.paths  # noqa: F401  # marks the application as the framework's
 import pytest
-from command_line import REPOSITORY, fusion_bench
+from command_line import REPOSITORY, fusion_bench_without
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -96,9 +97,47 @@ def test_the_resolvers_name_folders():
 @pytest.mark.cli
 @pytest.mark.parametrize("mode", [[], ["-m"]], ids=["run", "sweep"])
 def test_without_the_zoo_the_command_ends_in_one_line(mode, tmp_path):
-    hidden = "import sys; sys.modules.update({'smile_zoo': None, 'hydra_plugins.smile_zoo_searchpath': None})"
-    (tmp_path / "sitecustomize.py").write_text(hidden)
     arguments = ["+experiment=smile_embedded/gentle", "+smile_row=smile"]
-    completed = fusion_bench(*mode, *arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    zoo = ["smile_zoo", "hydra_plugins.smile_zoo_searchpath"]
+    completed = fusion_bench_without(zoo, *mode, *arguments, cwd=tmp_path)
     assert completed.returncode == 1
     assert completed.stderr.splitlines() == [arguments[0] + MESSAGE]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["method=smile_upscaling", "method.gate_q=4"], "unknown option method.gate_q (did you mean 'gate_k'?)"),
+        (["method=task_arithmetic", "method.scaling_facto=0.3"], "(did you mean 'scaling_factor'?)"),
+        (["-m", "+smile_row=smile,ties_merging", "method.treshold=20"], "(did you mean 'threshold'?)"),
+        (["+smile_row=adamerging_task_wise", "method.max_step=1"], "(did you mean 'max_steps'?)"),
+        (["+experiment=smile_grid", "+smile_row=smile", "method.top=1"], "(did you mean 'top_k'?)"),
+    ],
+)
+def test_misspelled_options_of_every_row_are_named(arguments, message):
+    with pytest.raises(SystemExit, match=r"^unknown option") as error:
+        search_path(*arguments)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "+smile_row=smile,ties_merging", "method.threshold=20", "method.gate_k=4,8"],
+        ["method=adamerging/clip", "method.lr=1e-3"],
+        ["method=my_own", "method.anything=1"],
+        ["method=smile_upscaling/smile_upscaling", "method.gate_k=4"],
+        ["+method.new=1", "method=task_arithmetic"],
+    ],
+)
+def test_options_that_some_method_has_pass(arguments):
+    assert search_path(*arguments).get_path()
+
+
+def test_a_launcher_that_is_not_installed_names_the_extra():
+    if importlib.util.find_spec("hydra_plugins.hydra_ray_launcher") is not None:
+        pytest.skip("the Ray launcher is installed")
+    for choice in ("hydra/launcher=ray", "hydra/launcher=smile_ray"):
+        with pytest.raises(SystemExit, match=rf"{choice} is not installed: pip install .fusion-bench-smile\[ray\]"):
+            search_path("-m", choice)
+    assert search_path("-m", "hydra/launcher=joblib").get_path()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
-import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import damage, upscaled
+from command_line import start_code
 from conftest import experts_of, mlp, mlp_inputs, output, tied_llama
 
 from fusion_bench_smile import CheckpointError, SmileLinear, load, metadata_of, save, upscale
@@ -126,8 +125,7 @@ type(model.config).save_pretrained = killed
 model.save_pretrained(sys.argv[2])
 """
     target = tmp_path / "out" / "model"
-    done = subprocess.run([sys.executable, "-c", script, str(TESTS), str(target)], capture_output=True)
-    assert done.returncode == -9
+    assert start_code(script, str(TESTS), str(target)).wait() == -9
     assert not target.exists()
     left = os.listdir(tmp_path / "out")
     assert left

@@ -91,3 +91,27 @@ def test_files_without_a_json_object(content, tmp_path):
     with pytest.raises(CheckpointError, match=r"file\.json is not readable JSON: ") as error:
         read_json(tmp_path / "file.json")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options", [{"routing_scope": "two_pass", "noise_baseline": True}, {}], ids=["router", "layer"]
+)
+def test_tensors_that_the_config_does_not_describe_are_refused(options, tmp_path):
+    model, _ = upscaled("clip", **options)
+    save(model, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    section = config["quantization_config"]
+    if options:
+        del section["router"]
+    else:
+        section["layers"].popitem()
+        section["recipe"]["energy"].popitem()
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="tensors of experts that its config does not describe"):
+        load(tmp_path / "model")
+
+
+def test_text_that_is_no_unicode():
+    with pytest.raises(CheckpointError, match=r"^folder: "):
+        SmileMetadata.from_dict({**MINIMAL, "flat_weights": ["\ud800"]}, "folder")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES, Architecture, experts_of, first_output
+from command_line import start_code
 from packaging.version import Version
 from torch import Tensor, nn
 
@@ -125,18 +124,20 @@ def saved_model(architecture: Architecture) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def reloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tensors and outputs of all two-pass models, saved here and loaded in a fresh process."""
+    """A folder with tensors and outputs of all two-pass models, saved here and loaded in another process."""
     folder = tmp_path_factory.mktemp("models")
     for architecture in ARCHITECTURES:
         save(saved_model(architecture), folder / architecture.name)
     inputs = {architecture.name: single_precision(architecture.inputs(3)) for architecture in ARCHITECTURES}
     torch.save(inputs, folder / "inputs.pt")
-    subprocess.run([sys.executable, "-c", RELOAD, str(folder)], check=True)
+    process = start_code(RELOAD, str(folder))
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors
     return folder
 
 
 @each
-def test_a_model_that_a_fresh_process_loads_is_the_same(architecture: Architecture, reloaded: Path) -> None:
+def test_a_model_that_another_process_loads_is_the_same(architecture: Architecture, reloaded: Path) -> None:
     model = saved_model(architecture)
     with torch.no_grad():
         expected = model(**single_precision(architecture.inputs(3))).to_tuple()[0]

@@ -26,6 +26,24 @@ def test_int8_rows_are_off_by_half_a_scale(rows: int, columns: int, scale: float
     assert torch.equal(quantize_rows(dequantized)[0], integers)  # quantized rows stay the same
 
 
+@given(
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    exponent=st.integers(-44, 4),
+    columns=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_small_rows_keep_their_digits_in_every_dtype(dtype, exponent: int, columns: int, seed: int) -> None:
+    noise = torch.randn(3, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    values = (10.0**exponent * noise).to(dtype)
+    integers, scales = quantize_rows(values)
+    assert scales.dtype == dtype
+    dequantized = integers.double() * scales.double()
+    assert ((dequantized - values.double()).abs() <= 0.51 * scales.double()).all()
+    smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    assert (scales.double() <= values.abs().amax(dim=1, keepdim=True).double() / 126.5 + smallest).all()
+
+
 def test_only_factors_are_quantized():
     tensors = {"gate": torch.randn(2, 3), "dense": torch.randn(1, 2, 3), "expert_bias": torch.randn(2, 2)}
     assert store_tensors(tensors, "same") == tensors

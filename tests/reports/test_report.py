@@ -222,6 +222,7 @@ def test_tasks_of_the_frameworks_reports():
 scores = st.dictionaries(st.text(min_size=1), st.floats(1, 100), min_size=1)
 
 
+@settings(max_examples=30, deadline=None)
 @given(scores)
 def test_average_and_retention(values):
     tasks = {name: TaskResult(metric="accuracy", score=value) for name, value in values.items()}

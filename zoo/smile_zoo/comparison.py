@@ -16,12 +16,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from rich.console import Console
 
 from fusion_bench_smile.leaderboard import leaderboard, show, write
 from smile_zoo import images, text
+from smile_zoo.progress import shown_progress
 
 MERGED = ("individual", "pretrained", "simple_average", "task_arithmetic", "ties_merging")
 
@@ -50,6 +52,10 @@ class Benchmark:
         ranks = [[f"+smile_row={rows}", f"++method.gate_k={g}", f"++method.k={k}"] for rows, g, k in self.smile_rows]
         return [[*common, *options] for options in ([f"+smile_row={','.join(self.rows)}"], *ranks)]
 
+    def num_jobs(self, expert_set: str) -> int:
+        """The number of jobs of these commands: the product of the lengths of the lists that each sweeps over."""
+        return sum(prod(option.count(",") + 1 for option in command) for command in self.commands(expert_set))
+
 
 IMAGES = Benchmark(
     "images", "smile_embedded", images.STRENGTHS, (*MERGED, "fisher", "regmean", "adamerging"),
@@ -70,7 +76,6 @@ def run(benchmark: Benchmark, expert_set: str, folder: Path, threads: int) -> No
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     for number, command in enumerate(benchmark.commands(expert_set)):
         log_file = folder / f"{benchmark.name}-{expert_set}-{number}.log"
-        Console(stderr=True).print(f"[dim]$ {' '.join(command)}[/dim]", soft_wrap=True, highlight=False)
         with log_file.open("w") as output:
             process = subprocess.run(
                 [program, *command[1:]],
@@ -111,10 +116,15 @@ def main() -> None:
     arguments = options.parse_args()
     benchmark = BENCHMARKS[arguments.benchmark]
     if arguments.only not in (None, *benchmark.expert_sets):
-        expert_sets = ", ".join(benchmark.expert_sets)
-        options.error(f"--only {arguments.only}: the {benchmark.name} benchmark has {expert_sets}")
+        names = ", ".join(benchmark.expert_sets)
+        options.error(f"--only {arguments.only}: the {benchmark.name} benchmark has {names}")
+    expert_sets = [arguments.only] if arguments.only else list(benchmark.expert_sets)
+    for command in (command for expert_set in expert_sets for command in benchmark.commands(expert_set)):
+        Console(stderr=True).print(f"[dim]$ {' '.join(command)}[/dim]", soft_wrap=True, highlight=False)
+    total = sum(benchmark.num_jobs(expert_set) for expert_set in expert_sets)
     try:
-        run_all(benchmark, [arguments.only] if arguments.only else benchmark.expert_sets, arguments.folder)
+        with shown_progress(arguments.folder / "outputs", total, Console(stderr=True)):
+            run_all(benchmark, expert_sets, arguments.folder)
     except RuntimeError as error:
         raise SystemExit(str(error)) from None
     boards, skipped = leaderboard([arguments.folder / "outputs"], benchmarks=[f"embedded {benchmark.name}*"])

@@ -7,7 +7,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from fusion_bench.mixins import LightningFabricMixin
 from fusion_bench.taskpool import BaseTaskPool
 from fusion_bench.tasks.flan_t5_text_generation.glue_preprocessors import glue_processors
@@ -117,6 +117,30 @@ def glue_examples(task: str, dataset: Dataset) -> list[Example]:
     preprocess = make_processor(template=glue_prompt_templates[name], tokenizer=None).preprocess
     columns = list(signature(preprocess).parameters)
     return [preprocess(**{column: row[column] for column in columns}) for row in dataset]
+
+
+class GluePrompts:
+    """The prompts of a GLUE task for calibration: ``input_ids`` and ``attention_mask`` of one example at a time."""
+
+    def __init__(self, task: str, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._task, self._dataset, self._tokenizer = task, dataset, tokenizer
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One example. Raises SmileError if its label is missing."""
+        ((prompt, _),) = glue_examples(self._task, self._dataset.select([index]))
+        tokens = self._tokenizer(prompt, truncation=True)
+        return {column: tokens[column] for column in ("input_ids", "attention_mask")}
+
+
+def load_glue_prompts(
+    task: str, tokenizer: str | DictConfig = "google/flan-t5-base", split: str = "train", path: str = "nyu-mll/glue"
+) -> GluePrompts:  # fmt: skip
+    """The prompts of a split of a GLUE task, e.g. ``rte``, for ``modelpool.train_datasets``."""
+    return GluePrompts(task, load_dataset(path, _glue_name(task), split=split), load_tokenizer(tokenizer))
 
 
 def tokenize_glue_prompts(task: str, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from command_line import fusion_bench, on_one_and_two_processes
+from command_line import fusion_bench, image_pools, on_one_and_two_processes
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
 
@@ -17,24 +15,6 @@ from smile_zoo.images.evaluate import Classifier, to_pixels, zero_shot_head
 pytestmark = pytest.mark.cli
 
 SAMPLES = {"clothes": 7, "letters": 11}
-
-
-def task_pool(folder: Path) -> list[str]:
-    """Arguments that select a task pool with the first few samples of two image tasks."""
-    text = [
-        "_target_: fusion_bench_smile.framework.task_pools.ExactCLIPVisionModelTaskPool", "_recursive_: false",
-        "processor: ${smile_embedded:clip}", "clip_model: ${smile_embedded:clip}",
-        "data_processor: {_target_: smile_zoo.images.Pixels}",
-        "dataloader_kwargs: {batch_size: 3, num_workers: 0, shuffle: false}", "fast_dev_run: null", "test_datasets:",
-    ]  # fmt: skip
-    for task, count in SAMPLES.items():
-        images = f"{{_target_: smile_zoo.images.load_images, task: {task}}}"
-        text.append(
-            f"  {task}: {{_target_: torch.utils.data.Subset, dataset: {images}, indices: {list(range(count))}}}"
-        )
-    (folder / "conf" / "taskpool").mkdir(parents=True)
-    (folder / "conf" / "taskpool" / "few.yaml").write_text("\n".join(text))
-    return ["--config-dir", str(folder / "conf"), "taskpool=few"]
 
 
 @torch.no_grad()
@@ -50,7 +30,7 @@ def expected(task: str, count: int) -> tuple[float, float]:
 
 
 def test_uneven_shares_count_every_sample_once(tmp_path):
-    common = [*task_pool(tmp_path), "method=dummy", "modelpool=SmileEmbedded/gentle"]
+    common = [*image_pools(tmp_path, SAMPLES, batch_size=3), "method=dummy"]
     one, two = on_one_and_two_processes(*common, folder=tmp_path)
     assert {task: one[task] for task in SAMPLES} == {task: two[task] for task in SAMPLES}
     assert one["average"] == two["average"]

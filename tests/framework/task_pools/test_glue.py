@@ -27,7 +27,7 @@ from transformers import (
 
 from fusion_bench_smile import upscale
 from fusion_bench_smile.exceptions import SmileError
-from fusion_bench_smile.framework.task_pools import GlueTextTaskPool, glue_examples
+from fusion_bench_smile.framework.task_pools import GluePrompts, GlueTextTaskPool, glue_examples, tokenize_glue_prompts
 from fusion_bench_smile.framework.task_pools.common import load_tokenizer
 from fusion_bench_smile.framework.task_pools.glue import exact_match, spearman_rho
 
@@ -187,3 +187,11 @@ def test_the_published_pool_has_the_eight_tasks():
     splits = {entry["name"]: entry["split"] for entry in task_pool._test_datasets.values()}
     assert splits.pop("mnli") == "validation_matched"
     assert set(splits.values()) == {"validation"}
+
+
+@pytest.mark.parametrize("task", ["rte", "glue-stsb"])
+def test_prompts_are_tokenized_one_at_a_time(task):
+    dataset = Dataset.from_dict(RULE[task.removeprefix("glue-")])
+    tokenizer = load_tokenizer({"_target_": "smile_zoo.tiny_t5.load_tokenizer"})
+    prompts, expected = GluePrompts(task, dataset, tokenizer), tokenize_glue_prompts(task, dataset, tokenizer)
+    assert [prompts[index] for index in range(len(prompts))] == list(expected)
