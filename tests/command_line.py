@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from conftest import clip_tower, perturbed
-from fork_server import ForkingPython
+from fork_server import FOLDER, ForkingPython
 from torch import nn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+HUB_CACHE = FOLDER / "huggingface"  # empty, or filled by the fixture of tests/hub
+PATHS = [str(REPOSITORY / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]  # of task pools of the tests
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(HUB_CACHE), "COLUMNS": "200",
+    "PYTHONPATH": os.pathsep.join(PATHS),
+}  # fmt: skip
 POOL = """
 _target_: fusion_bench.modelpool.CLIPVisionModelPool
 _recursive_: false

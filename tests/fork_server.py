@@ -36,6 +36,8 @@ MODULES = (
 COMMAND_LINE = "fusion_bench.scripts.cli"
 CLIENT = Path(__file__).with_name("fork_client.py")
 LARGEST_REQUEST = 2**20  # bytes
+RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"{time.time_ns()}-{os.getpid()}")
+FOLDER = Path(tempfile.gettempdir()) / f"fork-server-{RUN}"  # of the run of the tests, for all its workers
 
 
 class ForkingPython:
@@ -47,8 +49,7 @@ class ForkingPython:
     in_use: ClassVar[list[ForkingPython]] = []
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"{time.time_ns()}-{os.getpid()}")
-        self._folder = Path(tempfile.gettempdir()) / f"fork-server-{run}"
+        self._folder = FOLDER
         self._server: subprocess.Popen | None = None
         self._lease = socket.socket(socket.AF_UNIX)
         while self._lease.connect_ex(str(self._folder / "socket")):

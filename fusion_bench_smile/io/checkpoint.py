@@ -75,7 +75,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> None:
 def load(
     path: str | os.PathLike[str] | None, pretrained: nn.Module | None = None, *, verify: bool = False
 ) -> nn.Module:
-    """Load an upscaled model from a folder that `save` or ``save_pretrained`` wrote.
+    """Load an upscaled model, in the dtype in which it was saved, from a folder that `save` or ``save_pretrained`` wrote.
 
     A folder that is replaced meanwhile is read again: the model is one of those that were saved.
 
@@ -135,7 +135,7 @@ def _from_pretrained(folder: Path, config: dict[str, Any]) -> PreTrainedModel:
     model_class = architecture(folder, config.get("architectures"))
     try:
         _check_sizes(folder, model_class, stored)
-        return model_class.from_pretrained(folder)
+        return model_class.from_pretrained(folder, torch_dtype="auto")  # as saved
     except SmileError:
         raise
     except Exception as error:  # transformers validates little: a wrong value fails anywhere

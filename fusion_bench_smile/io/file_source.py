@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,7 +35,8 @@ class FileSource(Source):
     Args:
         dtypes: Name → dtype that a tensor is converted to when read, as loading the model in half precision would.
         like: The shapes of the pretrained model. Tensors that ``from_pretrained`` of its class would ignore are left
-            out: other components (a text tower beside the vision tower) and old integer buffers.
+            out: other components (a text tower beside the vision tower) and old integer buffers. If the files are
+            those of a model with a head, the names of the model inside it lose their prefix (``transformer.``).
         aliases: Name of a tied tensor → the names under which it may be stored instead.
 
     Raises:
@@ -55,11 +56,14 @@ class FileSource(Source):
         self._open: tuple[Path, Any] | None = None
         self._mapped_bytes, self._lock = 0, threading.Lock()
         components = {name.split(".")[0] for name in like or ()}
-        for file in weight_files(Path(path), self.weights_file, self.index_file):
-            for name, shape, is_floating_point in self._headers(file):
-                ignored = name.split(".")[0] not in components or not is_floating_point
-                if like is None or name in like or not ignored:
-                    self._shapes[name], self._locations[name] = shape, (file, name)
+        files = weight_files(Path(path), self.weights_file, self.index_file)
+        headers = [(file, header) for file in files for header in self._headers(file)]
+        prefix = prefix_of_base({header.name for _, header in headers}, like or {})
+        for file, (stored_name, shape, is_floating_point) in headers:
+            name = stored_name.removeprefix(prefix)
+            ignored = name.split(".")[0] not in components or not is_floating_point
+            if like is None or name in like or not ignored:
+                self._shapes[name], self._locations[name] = shape, (file, stored_name)
         for name, others in (aliases or {}).items():
             stored = next((other for other in others if other in self._shapes), None)
             if name not in self._shapes and stored is not None:
@@ -113,6 +117,12 @@ class FileSource(Source):
         numbers = {file: number for number, file in enumerate(files)}
         names = tuple((name, numbers[file], stored) for name, (file, stored) in sorted(self._locations.items()))
         return stats, names, tuple(sorted((name, str(dtype)) for name, dtype in self._dtypes.items()))
+
+
+def prefix_of_base(names: Collection[str], like: Collection[str]) -> str:
+    """What precedes the names of a model in the files of one that holds it, with a dot; empty where nothing does."""
+    found = {name.partition(".")[0] for name in names if name.partition(".")[2] in like}
+    return f"{found.pop()}." if len(found) == 1 and not any(name in like for name in names) else ""
 
 
 def weight_files(path: Path, weights_file: str, index_file: str) -> list[Path]:

@@ -128,3 +128,14 @@ def test_required_tensors_are_compared_with_the_headers(tmp_path):
         check_tensors(tmp_path, {"a": (3,), "b": (1,), "c": (1,)})
     with pytest.raises(CheckpointError, match=r"a has the shape \(3,\), its config says \(4,\)"):
         check_tensors(tmp_path, {"a": (4,)})
+
+
+def test_files_of_a_model_with_a_head(tmp_path):
+    """The tensors of the base model inside lose their prefix, the head is left out; as ``from_pretrained`` reads them."""
+    base, head = torch.randn(3, 4), torch.randn(2, 3)
+    save_file({"transformer.h.0.weight": base, "score.weight": head}, tmp_path / "model.safetensors")
+    source = SafetensorsSource(tmp_path, like={"h.0.weight": (3, 4)})
+    assert source.shapes() == {"h.0.weight": (3, 4)}
+    assert source.read("h.0.weight").equal(base)
+    towers = SafetensorsSource(tmp_path, like={"h.0.weight": (3, 4), "weight": (2, 3)})
+    assert "h.0.weight" not in towers.shapes(), "two prefixes are those of no base model"
