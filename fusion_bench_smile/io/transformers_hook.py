@@ -84,7 +84,8 @@ class SmileQuantizer(HfQuantizer):
         self.shapes = {name: cast(torch.Tensor, _layer(model, name).weight).shape for name in flat}
         stored = {f"{name}.weight": (shape.numel(),) for name, shape in self.shapes.items()}
         if self.folder is not None:
-            check_tensors(self.folder, {**stored_shapes(model), **stored})
+            names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+            check_tensors(self.folder, {**stored_shapes(model), **stored}, known=names)
 
     def update_missing_keys(self, model: PreTrainedModel, missing_keys: list[str], prefix: str) -> list[str]:
         """Raise a CheckpointError for missing tensors, which transformers would initialise at random."""

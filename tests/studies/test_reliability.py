@@ -193,10 +193,12 @@ def cases(tmp_path: Path, count: int) -> Iterator[Case]:
 
 
 def test_kills_find_a_mixture_and_leftovers(tmp_path):
-    prepared = {"toy": kills.Killable(CARELESS, 0.06)}
-    found = [outcome for case in cases(tmp_path, 12) for outcome in kills.attempt(prepared, case, "toy")]
-    details = "\n".join(outcome.detail for outcome in found if outcome.kind == "other")
-    assert "none of the versions" in details
+    prepared = {"toy": kills.Killable(CARELESS, 0.2)}
+    for case in cases(tmp_path, 200):  # on a loaded machine, many are killed before they write
+        found = kills.attempt(prepared, case, "toy")
+        if any("none of the versions" in outcome.detail for outcome in found if outcome.kind == "other"):
+            return
+    raise AssertionError("no mixture was found")
 
 
 def test_readers_find_a_mixture(tmp_path):
