@@ -26,6 +26,7 @@ from studies.reliability.runner import Case, Part, Trial
 PATIENCE = 10.0  # seconds until a group gives a process up
 SHORT_PATIENCE = 2.0  # where one never comes
 SECONDS = 45.0  # of an attempt, in which every process must end
+LONGEST = 0.5  # seconds from the first line of `upscale` to a signal
 NUM_PAIRS = 12  # (expert, layer) pairs of each process
 
 
@@ -176,7 +177,7 @@ def signals(prepared: Prepared, case: Case) -> Iterator[Outcome]:
     guilty, killed = case.random.choice((0, 1)), case.random.random() < 0.5
     call = same_inputs(prepared, case.random, False)
     with _pair(case.folder, [call, call]) as children:
-        time.sleep(case.random.uniform(0.05, 0.7))
+        time.sleep(case.random.uniform(0, LONGEST))
         children[guilty].kill() if killed else children[guilty].interrupt()
         yield judge_results([next(children[1 - guilty].values(), None)])
 
@@ -198,12 +199,15 @@ def _pair(folder: Path, calls: Sequence[Call | None], patience: float = PATIENCE
     def take_part(rank: int, send: Send) -> None:
         rendezvous, timeout = f"file://{folder}/rendezvous", timedelta(seconds=patience)
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timeout)
+        send("in the group")
         if (call := calls[rank]) is not None:
             send(_result(call))
         time.sleep(2 * SECONDS)
 
     children = [Child(partial(take_part, rank)) for rank in (0, 1)]
     try:
+        for child in children:
+            next(child.values())
         yield children
     finally:
         for child in children:

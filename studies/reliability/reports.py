@@ -26,6 +26,7 @@ from studies.reliability.run_reports import leaderboard_command, report_values
 from studies.reliability.runner import Case, Part, Trial
 
 GOOD, CARD = "good run", "README.md"
+COMMAND = "pip install foreign-package"
 TEXTS = (
     "[/red]", "[bold]x[/bold]", ":smile:", "$\\frac{$", "_hidden", "", " ", "\0", "a\nb", "a\rb", "\t=1+1", "\ud800",
     '=HYPERLINK("http://example.org")', "+1", "-1", "@SUM(A1)", "a|b", "`x`", "![x](y)", "<script>alert(1)</script>",
@@ -94,7 +95,7 @@ def model_cards(prepared: Prepared, case: Case) -> Iterator[Outcome]:
         card = (case.folder / "again" / CARD).read_text(encoding="utf-8")
         return combined([
             check("<script" not in card and "<img" not in card, "the card holds foreign HTML"),
-            check(kind != "needs" or len(text.strip()) < 3 or text not in card, "the card prints a text as a command"),
+            check(COMMAND not in card, "the card prints the text of a checkpoint as a command"),
             check_rows(card),
         ])  # fmt: skip
 
@@ -108,7 +109,7 @@ def _put_into_section(section: dict[str, Any], kind: str, text: str) -> None:
         for key in ("sources", "changes"):
             recipe[key] = {text if name == first else name: value for name, value in recipe[key].items()}
     elif kind == "needs":
-        section["needs"] = text
+        section["needs"] = f"{text} {COMMAND}"
     elif kind == "largest":
         recipe["changes"][first]["largest"] = {text: recipe["changes"][first]["energy"] / 2}
     elif kind == "modules":
