@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(rows), *others(rows), sep="\n")
     if options.output:
         command = shlex.join(["python", "-m", "studies.reliability", *(arguments or sys.argv[1:])])
-        write_atomically(options.output, page(rows, command, time.monotonic() - began))
+        write_atomically(options.output, page(rows, command, options.seed, time.monotonic() - began))
     if others(rows):
         raise SystemExit(1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
+from textwrap import fill
 
 import pandas as pd
 
@@ -27,14 +28,15 @@ def others(rows: Sequence[Row]) -> list[str]:
     return [name for row in rows for name in row.others]
 
 
-def page(rows: Sequence[Row], command: str, seconds: float) -> str:
+def page(rows: Sequence[Row], command: str, seed: int, seconds: float) -> str:
     """The page in ``docs/``."""
     versions = ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)])
-    lines = [
-        "# Measurements of reliability", "",
-        f"Written by `{command}` in {seconds / 60:.0f} minutes, with {versions} on {platform.system()}.",
-        "[reliability.md](reliability.md) says what is tried, and what the columns mean.", "", table(rows), "",
-    ]  # fmt: skip
+    origin = (
+        f"Written by `{command}` in {seconds / 60:.0f} minutes, with seed {seed}, {versions} on {platform.system()}. "
+        "[reliability.md](reliability.md) says what is tried, and what the columns mean."
+    )
+    text = fill(origin, 120, break_long_words=False, break_on_hyphens=False)
+    lines = ["# Measurements of reliability", "", text, "", table(rows), ""]
     if found := others(rows):
         lines += ["Attempts that ended otherwise:", "", *(f"- `{name}`" for name in found), ""]
     return "\n".join(lines)
