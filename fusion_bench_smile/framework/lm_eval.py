@@ -3,10 +3,12 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning import Fabric
 from torch import nn
 
 from ..exceptions import SmileError
@@ -34,7 +36,8 @@ def evaluate_with_lm_eval(taskpool: Any, model: nn.Module, folder: Path) -> dict
     with tempfile.TemporaryDirectory(prefix="lm_eval_") as scratch:
         taskpool.output_path = scratch
         try:
-            taskpool.evaluate(model)
+            with _on_one_device(taskpool):
+                taskpool.evaluate(model)
         finally:
             taskpool.output_path = given
         if process_rank() != 0:
@@ -45,6 +48,24 @@ def evaluate_with_lm_eval(taskpool: Any, model: nn.Module, folder: Path) -> dict
         report = task_report(json.loads(files[-1].read_text()), _names(taskpool.tasks))
         shutil.copytree(files[-1].parent, target, dirs_exist_ok=True)
     return report
+
+
+@contextmanager
+def _on_one_device(taskpool: Any) -> Iterator[None]:
+    """Set a model up for one device inside the ``with`` block.
+
+    lm-eval evaluates all examples in each process, and writes no results for a model that Fabric wraps for several.
+    """
+    fabric = taskpool.fabric
+    if fabric.world_size == 1:
+        yield
+        return
+    index = fabric.device.index
+    taskpool.fabric = Fabric(accelerator=fabric.device.type, devices=1 if index is None else [index])
+    try:
+        yield
+    finally:
+        taskpool.fabric = fabric
 
 
 def task_report(results: Mapping[str, Any], requested: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from command_line import fusion_bench
 from conftest import gpt2, perturbed
+from lightning import Fabric
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -65,7 +66,7 @@ def test_metrics_have_the_names_of_lm_eval():
 class LMEvalHarnessTaskPool:
     """A pool whose harness writes nothing, as one that was interrupted."""
 
-    tasks, output_path = "gsm8k", None
+    tasks, output_path, fabric = "gsm8k", None, Fabric(accelerator="cpu", devices=1)
 
     def evaluate(self, model: nn.Module) -> None:
         assert "=" not in str(self.output_path)

@@ -44,20 +44,22 @@ def scores(report: dict, tasks: tuple[str, ...]) -> dict[str, dict[str, float]]:
     return {task: report[task] for task in tasks}
 
 
-def test_clip_on_one_and_two_processes_and_reloaded(hub, tmp_path):
+def test_clip_on_one_and_two_processes_and_reloaded(hub, tmp_path, record_property):
     results = []
     for name, processes in {"one": [], "two": TWO_PROCESSES}.items():
         (tmp_path / name).mkdir()
         run(CLIP, IN_PROCESS, *processes, cwd=tmp_path / name)
         results.append(scores(task_pool_report(tmp_path / name), tuple(IMAGE_SETS)))
     assert results[0] == results[1]
+    record_property("pool", "CLIPVisionModelPool/clip-vit-base-patch32_TA8")
+    record_property("two processes", "yes")
     (tmp_path / "one" / "outputs").rename(tmp_path / "outputs")
     again = "fusion_bench method=dummy modelpool=SmileCheckpoint/clip modelpool.path=outputs/smile-vit-b32 taskpool="
     run(again, "taskpool=SmileCLIP/TA8", IN_PROCESS, "path.log_dir=again", cwd=tmp_path)
     assert scores(task_pool_report(tmp_path / "again"), tuple(IMAGE_SETS)) == results[0]
 
 
-def test_glue_on_one_and_two_processes(hub, tmp_path):
+def test_glue_on_one_and_two_processes(hub, tmp_path, record_property):
     results = []
     for name, processes in {"one": [], "two": TWO_PROCESSES}.items():
         (tmp_path / name).mkdir()
@@ -65,6 +67,8 @@ def test_glue_on_one_and_two_processes(hub, tmp_path):
         results.append(scores(task_pool_report(tmp_path / name), tuple(f"glue-{task}" for task in GLUE)))
     assert results[0] == results[1]
     assert any(result.get("accuracy", 0) > 0 for result in results[0].values())
+    record_property("pool", "Seq2SeqLMPool/flan-t5-base_glue_lora16")
+    record_property("two processes", "yes")
 
 
 def test_clip_equals_the_framework_and_has_published_results(hub, tmp_path):
