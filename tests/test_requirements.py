@@ -5,7 +5,6 @@ from __future__ import annotations
 import configparser
 from pathlib import Path
 
-import peft.utils.other
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -47,11 +46,8 @@ def test_the_tested_releases_are_allowed():
     assert all(version >= bounds[name] for name, version in pins("constraints.txt").items() if name in bounds)
 
 
-# the newest APIs of torch and PEFT that the library uses, and their first releases
-NEWEST = {
-    "torch": (torch.nn.Module, "set_submodule", Version("2.5")),
-    "peft": (peft.utils.other, "get_pattern_key", Version("0.15")),
-}
+# the newest API of torch that the library uses, and its first release
+NEWEST = {"torch": (torch.nn.Module, "set_submodule", Version("2.5"))}
 
 
 @pytest.mark.parametrize("package", NEWEST)

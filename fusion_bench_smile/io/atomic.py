@@ -97,9 +97,11 @@ def check_writable_folder(folder: Path) -> None:
     parent = folder.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=parent).cleanup()
+        probe = tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=SUFFIX, dir=parent)
+        with suppress(FileNotFoundError):  # another process took it for a leftover
+            os.rmdir(probe)
     except (OSError, ValueError) as error:  # ValueError for a path with a null byte
-        problem = f"nothing can be written to {str(parent)!r}: {_reason(error)}; choose another path"
+        problem = f"nothing can be written to {shortened(str(parent), 300)}: {_reason(error)}; choose another path"
         raise CheckpointError(problem) from None
 
 

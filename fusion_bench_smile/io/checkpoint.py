@@ -75,7 +75,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> None:
 def load(
     path: str | os.PathLike[str] | None, pretrained: nn.Module | None = None, *, verify: bool = False
 ) -> nn.Module:
-    """Load an upscaled model from a folder that `save` or ``save_pretrained`` wrote, in the dtype in which it was saved.
+    """Load an upscaled model from a folder that `save` or ``save_pretrained`` wrote, in the dtype that it has there.
 
     A folder that is replaced meanwhile is read again: the model is one of those that were saved.
 

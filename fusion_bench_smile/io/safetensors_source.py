@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,14 @@ def flatten_tensor(folder: Path, name: str) -> bool:
 
 
 def check_tensors(
-    folder: Path, required: Mapping[str, tuple[int, ...]], aliases: Mapping[str, tuple[str, ...]] | None = None
-) -> None:
+    folder: Path, required: Mapping[str, tuple[int, ...]], aliases: Mapping[str, tuple[str, ...]] | None = None,
+    known: Collection[str] = (),
+) -> None:  # fmt: skip
     """Raise a CheckpointError if files of a folder lack a tensor, have it in another shape, or hold surplus experts.
 
     Only headers are read.
 
-    A tensor with `aliases` is stored once, under any of its names.
+    A tensor with `aliases` is stored once, under any of its names. Those called `known` may be stored as well.
     """
     try:
         stored, shapes = SafetensorsSource(folder).shapes(), SafetensorsSource(folder, aliases=aliases).shapes()
@@ -78,7 +79,7 @@ def check_tensors(
     missing = [name for name in required if name not in shapes]
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} of {len(required)} tensors (first: {missing[0]})")
-    known = {*required, *(aliases or {})}
+    known = {*required, *(aliases or {}), *known}
     surplus = [name for name in stored if known and name not in known and _belongs_to_experts(name)]
     if surplus:
         problem = f"{folder} holds {len(surplus)} tensors of experts that its config does not describe"

@@ -36,6 +36,7 @@ from ..nn.layer_types import SmileLinear, plain_type_of, routed_type_of
 from ..nn.prototypes import Prototypes
 from .digests import write_digests
 from .metadata import SmileMetadata
+from .names import shortened
 from .safetensors_source import check_tensors, flatten_tensor
 from .schema import read_json
 
@@ -84,7 +85,8 @@ class SmileQuantizer(HfQuantizer):
         self.shapes = {name: cast(torch.Tensor, _layer(model, name).weight).shape for name in flat}
         stored = {f"{name}.weight": (shape.numel(),) for name, shape in self.shapes.items()}
         if self.folder is not None:
-            check_tensors(self.folder, {**stored_shapes(model), **stored})
+            names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+            check_tensors(self.folder, {**stored_shapes(model), **stored}, known=names)
 
     def update_missing_keys(self, model: PreTrainedModel, missing_keys: list[str], prefix: str) -> list[str]:
         """Raise a CheckpointError for missing tensors, which transformers would initialise at random."""
@@ -169,7 +171,8 @@ def _add_router(model: nn.Module, metadata: SmileMetadata) -> None:
     zeros: dict[str, dict[str, torch.Tensor]] = {}
     for name, parameters in metadata.expert_parameters.items():
         if other := [parameter for parameter in parameters if f"{name}.{parameter}" not in possible]:
-            raise CheckpointError(f"{name}.{other[0]} of {type(model).__name__} is no parameter that experts differ in")
+            wrong = shortened(f"{name}.{other[0]}")
+            raise CheckpointError(f"{wrong} of {type(model).__name__} is no parameter that experts differ in")
         values = {parameter: getattr(model.get_submodule(name), parameter) for parameter in parameters}
         zeros[name] = {key: value.new_zeros(num_experts, *value.shape, device="meta") for key, value in values.items()}
     attach_expert_parameters(model, router, zeros)
@@ -297,8 +300,19 @@ def stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 
 def is_tied(model: PreTrainedModel, name: str) -> bool:
     """Whether transformers fills the parameter `name` from another one, and checkpoints leave it out."""
+    ties_head = getattr(model.config.get_text_config(), "tie_word_embeddings", True)
+    head = model.get_output_embeddings()
+    if not ties_head and head is not None and _module_at(model, name.removesuffix(".weight")) is head:
+        return False  # the classes that can tie the head say so whether they do or not
     patterns: Iterable[str] = model._tied_weights_keys or []  # a list, or from transformers 5 on a dict
     return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _module_at(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def bind_methods(model: PreTrainedModel) -> None:

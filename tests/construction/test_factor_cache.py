@@ -234,11 +234,13 @@ def test_entries_that_another_process_deletes_are_missing(tmp_path, caplog):
     expected = upscaled(None, k=4, gate_k=2)
     command = [sys.executable, "-c", DELETE, str(tmp_path), str(os.getpid())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        for _ in range(5):
-            assert torch.equal(upscaled(FactorCache(tmp_path), k=4, gate_k=2), expected)
-        process.kill()
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            for _ in range(5):
+                assert torch.equal(upscaled(FactorCache(tmp_path), k=4, gate_k=2), expected)
+        finally:
+            process.kill()
     assert not [record for record in caplog.records if "is damaged" in record.message]
 
 

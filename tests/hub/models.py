@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from fusion_bench.tasks.clip_classification import get_num_classes
+from hub.byte_tokenizer import VOCABULARY, byte_tokenizer, save_gpt2_tokenizer
 from hub.data_sets import GLUE, IMAGE_SETS
 from hub.repositories import Cache
-from hub.tokenizers import VOCABULARY, byte_tokenizer, save_gpt2_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn

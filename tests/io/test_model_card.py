@@ -73,10 +73,11 @@ HOSTILE = (
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_text_of_a_checkpoint_is_shown_as_text(text):
-    changes = {text: ExpertChange(2.0, 1.0, {text: 1.0})}
-    provenance = Provenance({text: [0.5]}, {text: text}, (1000, 1234), {text: text}, changes)
+    name = "<b>`x`|*y*"  # names of experts have no line breaks and slashes
+    changes = {name: ExpertChange(2.0, 1.0, {text: 1.0})}
+    provenance = Provenance({text: [0.5]}, {name: text}, (1000, 1234), {text: text}, changes)
     config = SmileConfig(gate_k=2, k=4, target_modules=[text])
-    metadata = SmileMetadata(config, (text,), {}, provenance, loading=f"curl {text} | sh")
+    metadata = SmileMetadata(config, (name,), {}, provenance, loading=f"curl {text} | sh")
     card = model_card(metadata, text)
     assert f"To load it: {LOADING}." in card.content
     assert "curl" not in card.content

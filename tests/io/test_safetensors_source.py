@@ -131,7 +131,7 @@ def test_required_tensors_are_compared_with_the_headers(tmp_path):
 
 
 def test_files_of_a_model_with_a_head(tmp_path):
-    """The tensors of the base model inside lose their prefix; the head is left out."""
+    """As ``from_pretrained`` reads them: the base model inside loses its prefix, the head is left out."""
     base, head = torch.randn(3, 4), torch.randn(2, 3)
     save_file({"transformer.h.0.weight": base, "score.weight": head}, tmp_path / "model.safetensors")
     source = SafetensorsSource(tmp_path, like={"h.0.weight": (3, 4)})

@@ -87,7 +87,11 @@ def test_published_results_stand_beside_measured_ones(tmp_path):
     (board,), _ = leaderboard([tmp_path])
     assert board.measured["method"].tolist() == ["measured"]
     published = board.table[board.table["origin"] == "published"]
-    assert len(published) == 19
+    smile = published[published["method"].str.startswith("SMILE")].set_index("method")
+    assert (len(published), len(smile), len(board.published_smile)) == (22, 3, 80)
+    row = smile.loc["SMILE (gate_k=16, k=32) †"]
+    assert (row["average"], row["gate_k"], row["k"]) == (88.18, 16, 32)
+    assert (row["retention"], row["parameters"]) == pytest.approx((97.65, 1.614), abs=0.01)
     assert published["method"].str.endswith(" †").all()
     assert board.table.iloc[0]["method"] == "measured"  # published rows come last, though some are better
     row = published.set_index("method").loc["Weight-Ensembling MoE †"]

@@ -28,7 +28,7 @@ def test_int8_rows_are_off_by_half_a_scale(rows: int, columns: int, scale: float
 
 @given(
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
-    exponent=st.integers(-44, 4),
+    exponent=st.integers(-36, 4),  # smaller float32 rows have subnormal scales in the dtype of the computation, too
     columns=st.integers(1, 9),
     seed=st.integers(0, 99),
 )
