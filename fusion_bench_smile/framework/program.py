@@ -259,7 +259,7 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         try:
             return RunReport.read(path / REPORT_FILE if path.is_dir() or not path.suffix else path).tasks
         except ReportError as error:
-            log.info("individual=%s: %s; the report has no retention, the leaderboard adds it", path, error)
+            log.debug("individual=%s: %s", path, error)  # it may run later; the leaderboard adds the retention
             return {}
 
 
