@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ..exceptions import CheckpointError, PlanError
-from .names import shortened
 from .schema import read_json
 from .sources import Shapes, Source
+from .text import shortened
 from .weight_files import ADAPTER_CONFIG, open_adapter_weights
 
 Number = TypeVar("Number", int, float)

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..exceptions import CheckpointError
-from .names import shortened
+from .text import shortened
 
 try:
     import fcntl

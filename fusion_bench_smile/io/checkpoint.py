@@ -21,9 +21,9 @@ from ..exceptions import CheckpointError, SmileError
 from .atomic import replace_folder_atomically
 from .digests import write_digests
 from .model_card import HUB_NAME, write_model_card
-from .names import shortened
 from .safetensors_source import WEIGHTS_FILE, SafetensorsSource, check_tensors
 from .sources import Shapes, tied_names
+from .text import shortened
 from .transformers_hook import (
     CONFIG_FILE,
     FLAT_WEIGHTS,

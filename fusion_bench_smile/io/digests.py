@@ -8,10 +8,10 @@ from typing import Any
 import xxhash
 
 from ..exceptions import CheckpointError, PlanError
-from .names import shortened
 from .safetensors_source import SafetensorsSource
 from .schema import read_json
 from .sources import tensor_digest
+from .text import shortened
 
 DIGESTS_FILE = "smile_digests.json"
 

@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..exceptions import CheckpointError, PlanError
-from .names import name_problem, shortened
+from .names import name_problem
 from .schema import read_json
 from .sources import Shapes, Source
+from .text import shortened
 
 MAX_MAPPED_BYTES = 16 * 2**20
 

@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..exceptions import PlanError
 from .file_source import indexed_files
-from .names import shortened
+from .text import shortened
 from .weight_files import ADAPTER_CONFIG, ADAPTER_FILES, MODEL_FILES
 
 LOCAL_STARTS = ("/", "./", "../", "~", os.sep)

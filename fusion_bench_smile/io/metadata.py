@@ -20,8 +20,9 @@ from ..nn.expert_parameters import modules_with_expert_parameters
 from ..nn.layout import ExpertLayout
 from ..nn.prototypes import Prototypes
 from ..nn.routed import count_parameters, routed_layers
-from .names import check_expert_names, shortened
+from .names import check_expert_names
 from .schema import LayerValues, RecipeValues, RouterValues, parse_section
+from .text import shortened
 
 FORMAT_VERSION = 3
 NUM_LARGEST = 5  # tensors that are named

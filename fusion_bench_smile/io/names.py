@@ -1,9 +1,10 @@
 """Names that become paths: of experts, and of the files that an index lists."""
 
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from ..exceptions import PlanError
+from .text import shortened
 
 MAX_BYTES = 200  # file systems allow 255 for a file's name, of which temporary names need a part
 SEPARATORS = "/\\"
@@ -27,17 +28,10 @@ def check_expert_names(names: Iterable[object]) -> None:
 
     Adapters are exported to folders of these names, so that they must not leave the folder around them.
     """
-    seen: Collection[object] = set()
+    seen: set[object] = set()
     for name in names:
         if problem := name_problem(name):
             raise PlanError(f"the expert's name {problem}: use a plain name, such as sun397")
         if name in seen:
             raise PlanError(f"two experts are called {name!r}: give each a name of its own")
-        seen = {*seen, name}
-
-
-def shortened(value: object, limit: int = 120) -> str:
-    """Text of a file, or an error about it, as one line for a message; other values as `repr` shows them."""
-    text = str(value) if isinstance(value, (str, BaseException)) else repr(value)
-    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text.strip().partition("\n")[0])
-    return line if len(line) <= limit else f"{line[:limit]}…"
+        seen.add(name)

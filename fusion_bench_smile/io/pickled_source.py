@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..exceptions import PlanError
 from .file_source import FileSource, TensorHeader
-from .names import shortened
+from .text import shortened
 
 PICKLED_FILE, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 

@@ -13,7 +13,7 @@ from ..exceptions import CheckpointError, PlanError
 from ..nn import ROUTER_NAME
 from ..nn.routed import EXPERT_TENSORS
 from .file_source import FileSource, TensorHeader
-from .names import shortened
+from .text import shortened
 
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
 

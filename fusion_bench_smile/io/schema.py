@@ -13,7 +13,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..exceptions import CheckpointError, PlanError
-from .names import check_expert_names, shortened
+from .names import check_expert_names
+from .text import shortened
 
 MAX_RANK = 2**24  # beyond the sides of any layer; the shapes of the files are compared before memory is allocated
 

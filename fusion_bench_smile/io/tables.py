@@ -1,13 +1,13 @@
-"""Markdown tables, and text of unknown origin as one line, also in Markdown."""
+"""Markdown tables, and text of unknown origin in Markdown."""
 
 import re
-import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
-TEXT_LENGTH = 200  # characters
+from .text import TEXT_LENGTH, printable
+
 # an underscore between letters or digits is text; GitHub also links plain addresses
 MARKUP = re.compile(r"[\\`*~$#<>&|]|\[|\]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=\bwww)\.", re.IGNORECASE)
 ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "|": "&#124;", ":": "&#58;", ".": "&#46;"}
@@ -30,27 +30,9 @@ def markdown_table(frame: pd.DataFrame, digits: int | Mapping[str, int] = 1, ind
     return str(text.to_markdown(index=False, colalign=alignment, disable_numparse=True))
 
 
-def printable(value: object, limit: int = TEXT_LENGTH) -> str:
-    r"""The text of a value as one line of printable characters; an ellipsis ends a text of more than `limit`.
-
-    Line breaks, control characters, marks that change the direction of text, and lone surrogates are written as in
-    Python's literals, e.g. ``\n``.
-    """
-    text = str(value)
-    line = "".join(map(_printable_character, text[: limit + 1]))
-    return line if len(line) <= limit else f"{line[: limit - 1]}…"
-
-
 def escape_markdown(value: object, limit: int = TEXT_LENGTH) -> str:
     """The text of a value in Markdown that shows the text itself, in one line: see `printable`."""
     return MARKUP.sub(lambda match: ENTITIES.get(match[0], f"\\{match[0]}"), printable(value, limit))
-
-
-def _printable_character(character: str) -> str:
-    if character.isprintable():
-        return character
-    space = unicodedata.category(character) == "Zs"
-    return " " if space else character.encode("unicode_escape").decode("ascii")
 
 
 def _cell(value: Any, decimals: int) -> str:

@@ -36,9 +36,9 @@ from ..nn.layer_types import SmileLinear, plain_type_of, routed_type_of
 from ..nn.prototypes import Prototypes
 from .digests import write_digests
 from .metadata import SmileMetadata
-from .names import shortened
 from .safetensors_source import check_tensors, flatten_tensor
 from .schema import read_json
+from .text import shortened
 
 CONFIG_FILE, METADATA_FILE = "config.json", "smile.json"
 REPLACED = "was replaced while it was loaded: load it again"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ..exceptions import SmileError
-from ..io.tables import printable
+from ..io.text import printable
 from ..reports import (
     PROGRAM_REPORT_FILE,
     REPORT_FILE,

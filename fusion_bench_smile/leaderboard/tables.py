@@ -12,7 +12,8 @@ import pandas as pd
 from rich.table import Table
 from rich.text import Text
 
-from ..io.tables import escape_markdown, markdown_table, printable
+from ..io.tables import escape_markdown, markdown_table
+from ..io.text import printable
 from .boards import COLUMNS, HEADINGS, MEASURED, PATH_LENGTH, Board, Skipped
 from .figures import LARGEST, family, family_styles
 

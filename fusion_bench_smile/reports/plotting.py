@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from ..io import write_atomically
-from ..io.tables import printable
+from ..io.text import printable
 
 # colour and marker; the colours are distinguishable with colour vision deficiency (Okabe and Ito)
 STYLES = (

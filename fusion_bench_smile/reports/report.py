@@ -17,7 +17,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from ..exceptions import SmileError
 from ..io import write_atomically
 from ..io.locks import folder_lock
-from ..io.tables import printable
+from ..io.text import printable
 
 REPORT_FILE = "smile_report.json"
 SCHEMA_VERSION = 1

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from fusion_bench_smile.io import markdown_table
-from fusion_bench_smile.io.tables import escape_markdown, printable
+from fusion_bench_smile.io.tables import escape_markdown
+from fusion_bench_smile.io.text import printable
 
 
 def cells(line: str) -> list[str]:

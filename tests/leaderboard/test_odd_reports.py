@@ -26,7 +26,7 @@ from processes import start
 from rich.console import Console
 from sample_reports import accuracies, report, write_run
 
-from fusion_bench_smile.io.tables import printable
+from fusion_bench_smile.io.text import printable
 from fusion_bench_smile.leaderboard import (
     Board,
     boards,
