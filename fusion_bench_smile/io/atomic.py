@@ -15,12 +15,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..exceptions import CheckpointError
+from .locks import try_lock, wait_for_lock
 from .text import shortened
-
-try:
-    import fcntl
-except ImportError:  # Windows; leftovers stay there
-    fcntl = None  # type: ignore[assignment]
 
 SUFFIX, OLD_SUFFIX = ".part", ".old"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux, see renameat2(2)
@@ -122,7 +118,7 @@ def _remove_if_unlocked(path: Path) -> None:
     with suppress(OSError):
         lock = os.open(path, os.O_RDONLY)
         try:
-            if _lock(lock, wait=False):
+            if try_lock(lock):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         finally:
             os.close(lock)
@@ -136,21 +132,10 @@ def _locked(make: Callable[[], Path]) -> tuple[Path, int]:
             lock = os.open(scratch, os.O_RDONLY)
         except FileNotFoundError:  # another process took it for a leftover before it was locked
             continue
-        _lock(lock, wait=True)
+        wait_for_lock(lock)
         if scratch.exists():
             return scratch, lock
         os.close(lock)
-
-
-def _lock(descriptor: int, wait: bool) -> bool:
-    """Lock an open file or folder; False if another process holds the lock, or there are no locks."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        return False
-    return True
 
 
 def _make_file(file: Path) -> Path:
