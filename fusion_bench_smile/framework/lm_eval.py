@@ -16,7 +16,6 @@ from .jobs import process_rank
 
 TASK_POOL = "LMEvalHarnessTaskPool"
 FOLDER = "lm_eval_results"
-INSTALL = "pip install 'fusion-bench-smile[lm-eval]'"
 
 
 def is_lm_eval(taskpool: Any) -> bool:

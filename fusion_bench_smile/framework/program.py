@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -153,7 +154,7 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         if report is not None and process_rank() == 0:
             if report_save_path is not None:
                 _write_task_report(result["report"], Path(report_save_path.format(log_dir=folder)))
-            individual = report.tasks if report.kind == "individual" else self._individual_tasks()
+            individual = report.tasks if report.kind == "individual" else self._individual_tasks
             print_summary(report, report.write(folder), individual, Console())
         return {**result, "run_report": report}
 
@@ -218,7 +219,7 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         if PRETRAINED in self.modelpool.all_model_names:
             model = load_model(self.modelpool, PRETRAINED)
             report.pretrained_parameters, report.pretrained_bytes = count_parameters(model), count_bytes(model)
-        individual = tasks if report.kind == "individual" else self._individual_tasks()
+        individual = tasks if report.kind == "individual" else self._individual_tasks
         report.retention = reports.retention_of(tasks, individual)
         report.objective = objective_of(report, self.budget)
         return report
@@ -251,8 +252,9 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         config["method"] = {key: value for key, value in config["method"].items() if key not in WITHOUT_EFFECT}
         return reports.fingerprint(config)
 
+    @cached_property
     def _individual_tasks(self) -> dict[str, TaskResult]:
-        """The results of the individual models; empty if their report is not there yet."""
+        """The results of the individual models; empty if their report is not there when they are first asked for."""
         if self.individual is None:
             return {}
         path = Path(self.individual)

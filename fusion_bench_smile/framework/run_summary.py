@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..reports import RunReport, TaskResult
+from ..reports import RunReport, TaskResult, retention_of
 
 
 def print_summary(report: RunReport, file: Path, individual: Mapping[str, TaskResult], console: Console) -> None:
@@ -24,9 +24,7 @@ def tasks_table(report: RunReport, individual: Mapping[str, TaskResult]) -> Tabl
     table.add_column("score", justify="right")
     table.add_column("retention", justify="right")
     for name, task in report.tasks.items():
-        reference = individual[name].score if name in individual else None
-        retention = None if task.score is None or not reference else 100 * task.score / reference
-        table.add_row(Text(name), _percent(task.score), _percent(retention))
+        table.add_row(Text(name), _percent(task.score), _percent(retention_of({name: task}, individual)))
     table.add_section()
     table.add_row("average", _percent(report.average), _percent(report.retention))
     return table

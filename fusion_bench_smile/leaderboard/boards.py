@@ -24,7 +24,7 @@ from ..reports import (
     read_program_report,
     retention_of,
 )
-from .published import Published, published_for
+from .published import OPTIONS, Published, published_for
 
 OVERRIDES_FILE = "overrides.yaml"  # Hydra writes it at the start of a job
 MEASURED, PUBLISHED = "measured", "published"
@@ -38,7 +38,6 @@ COLUMNS = {
     "throughput": "samples per second during evaluation",
 }
 HEADINGS = {"memory": "memory (MB)", "throughput": "samples/s"}  # where they differ from the names of the columns
-OPTIONS = ("gate_k", "k", "top_k")
 # columns that are no tasks, and their headings
 RESERVED = {"benchmark", "method", *COLUMNS, *HEADINGS.values(), "origin", "kind", *OPTIONS, "device", "folder"}
 PATH_LENGTH = 4096  # characters

@@ -10,21 +10,18 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 FOLDER = Path(__file__).parent / "published"
-OPTIONS = ("gate_k", "k", "top_k")
+OPTIONS = ("gate_k", "k", "top_k")  # of SMILE, columns of boards
 
 
 class Published(NamedTuple):
     """Published results on one benchmark."""
 
     title: str  # name of the benchmark
-    table: (
-        pd.DataFrame
-    )  # method × task: scores in percent, and their ``average``, as published; other methods than SMILE
+    table: pd.DataFrame  # other methods than SMILE × task: scores in percent, and their ``average``, as published
     individual: str | None  # the row of the table with the individual models; None without one
     source: str  # citation of the publication
-    smile: (
-        pd.DataFrame
-    )  # the same of SMILE, with ``parameters`` relative to the pretrained model, `OPTIONS`, ``default``
+    # the same of SMILE, with its `OPTIONS`, ``parameters`` relative to the pretrained model, and ``default`` for tables
+    smile: pd.DataFrame
     note: str  # on the published results of SMILE
 
 

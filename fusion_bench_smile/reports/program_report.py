@@ -11,7 +11,15 @@ from typing import Any
 import yaml
 
 from .labels import label_of
-from .report import Environment, ReportError, RunReport, average_of, fingerprint, task_results
+from .report import (
+    Environment,
+    ReportError,
+    RunReport,
+    average_of,
+    fingerprint,
+    read_regular_file,
+    task_results,
+)
 
 PROGRAM_REPORT_FILE = "program_report.json"  # the framework's default for ``report_save_path``
 CONFIG_FILE, HYDRA_FILE = "config.yaml", "hydra.yaml"  # Hydra writes them beside it
@@ -26,8 +34,8 @@ def read_program_report(folder: Path) -> RunReport:
     """
     file = folder / PROGRAM_REPORT_FILE
     try:
-        values = json.loads(file.read_bytes())
-        config, hydra = (yaml.safe_load((folder / name).read_text()) for name in (CONFIG_FILE, HYDRA_FILE))
+        values = json.loads(read_regular_file(file))
+        config, hydra = (yaml.safe_load(read_regular_file(folder / name)) for name in (CONFIG_FILE, HYDRA_FILE))
         written = datetime.fromtimestamp(file.stat().st_mtime, timezone.utc)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).partition("\n")[0]

@@ -183,15 +183,20 @@ class RunReport(_Section):
         return _parse(_read_file(file))
 
 
+def read_regular_file(file: Path) -> bytes:
+    """The content of a file. Raises OSError if it is missing, unreadable, no regular file or too large for a report."""
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+        raise OSError("it is no regular file")
+    if status.st_size > LARGEST_FILE:
+        raise OSError(f"it has more than {LARGEST_FILE:,} bytes")
+    return file.read_bytes()
+
+
 def _read_file(file: Path) -> bytes:
-    """The content of a report's file. Raises ReportError if it is missing, unreadable, no regular file or too large."""
+    """The content of a report's file. Raises ReportError, see `RunReport.read`."""
     try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
-            raise ReportError("the report can't be read: it is no regular file")
-        if status.st_size > LARGEST_FILE:
-            raise ReportError(f"the report can't be read: it has more than {LARGEST_FILE:,} bytes")
-        return file.read_bytes()
+        return read_regular_file(file)
     except FileNotFoundError:
         raise ReportError("no report: the run was a dry run, was killed, or still goes on") from None
     except OSError as error:

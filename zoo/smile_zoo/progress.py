@@ -13,9 +13,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fusion_bench_smile.leaderboard import OVERRIDES_FILE
 from fusion_bench_smile.reports import REPORT_FILE, ReportError, RunReport
 
-STARTED_FILE = "overrides.yaml"  # Hydra writes it at the start of a job
 SECONDS = 1.0  # between two looks at the files
 
 
@@ -28,7 +28,7 @@ class Job(NamedTuple):
 
 def started_jobs(outputs: Path) -> list[Job]:
     """The jobs in a folder of outputs, in the order of their start."""
-    files = [(file.stat().st_mtime, file) for file in outputs.rglob(STARTED_FILE)] if outputs.exists() else []
+    files = [(file.stat().st_mtime, file) for file in outputs.rglob(OVERRIDES_FILE)] if outputs.exists() else []
     return [_job(file.parent) for _, file in sorted(files)]
 
 
