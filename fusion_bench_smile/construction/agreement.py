@@ -1,50 +1,44 @@
 """Agreement of processes: those that build one model together must have the same models and options."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import xxhash
-from torch import nn
 
 from ..config import SmileConfig
 from ..exceptions import PlanError
-from ..io import ExpertSource, Source, StateDictSource, open_source, stored_names
+from ..io import Source
 from .parallel import WorkPartition
 
 DEVICES = ("device", "upscaling_accelerator")  # options in which processes may differ
 
 
-def check_same_inputs(
-    partition: WorkPartition, pretrained: nn.Module, experts: Mapping[str, ExpertSource], config: SmileConfig,
-    calibration: int,
+def check_same_options(
+    partition: WorkPartition, config: SmileConfig, calibration: int, experts: Iterable[str]
 ) -> None:  # fmt: skip
-    """Raise PlanError in all processes if the options, names or weights of one differ from those of process 0.
+    """Raise PlanError in all processes if the options or the experts' names of one differ from those of process 0."""
+    options = {name: value for name, value in config.to_dict().items() if name not in DEVICES}
+    _compare(partition, {"the options": repr((options, calibration)), "the experts' names": repr(list(experts))})
 
-    Files that are the same on all processes are not read. Experts that have to be loaded are compared later, by
-    `check_same_experts`.
+
+def check_same_models(partition: WorkPartition, pretrained: Source, experts: Mapping[str, Source | None]) -> None:
+    """Raise PlanError in all processes if the weights of one differ from those of process 0.
+
+    Files that are the same on all processes are not read. Experts that have to be loaded, which are None here, are
+    compared by `check_same_experts`.
     """
     if partition.size == 1:
         return
-    options = {name: value for name, value in config.to_dict().items() if name not in DEVICES}
-    source, aliases = StateDictSource(pretrained.state_dict()), stored_names(pretrained)
-    opened = {name: open_source(expert, source, aliases) for name, expert in experts.items()}
-    _compare(partition, {"the options": repr((options, calibration)), "the experts' names": repr(list(experts))})
-    _compare(partition, {"the pretrained model": source.digest()})
-    kinds = {_label(name): "loaded" if expert is None else "read" for name, expert in opened.items()}
-    _compare(partition, kinds)
-    _compare_sources(partition, {_label(name): source for name, source in opened.items() if source is not None})
+    kinds = {_label(name): "loaded" if source is None else "read" for name, source in experts.items()}
+    _compare(partition, {"the pretrained model": pretrained.digest(), **kinds})
+    sources = {_label(name): source for name, source in experts.items() if source is not None}
+    stamps = partition.all_gather({label: repr(source.stamp()) for label, source in sources.items()})
+    same = [label for label in sources if len({stamp[label] for stamp in stamps}) == 1 and stamps[0][label] != "None"]
+    _compare(partition, {label: source.digest() for label, source in sources.items() if label not in same})
 
 
 def check_same_experts(partition: WorkPartition, digests: Mapping[str, str]) -> None:
     """Raise PlanError in all processes if an expert that each of them loaded has other weights than in process 0."""
-    if partition.size > 1:
-        _compare(partition, {_label(name): digest for name, digest in digests.items()})
-
-
-def _compare_sources(partition: WorkPartition, sources: Mapping[str, Source]) -> None:
-    """Compare sources by their stamps, and by their content where these differ or are missing."""
-    stamps = partition.all_gather({label: repr(source.stamp()) for label, source in sources.items()})
-    same = [label for label in sources if len({stamp[label] for stamp in stamps}) == 1 and stamps[0][label] != "None"]
-    _compare(partition, {label: source.digest() for label, source in sources.items() if label not in same})
+    _compare(partition, {_label(name): digest for name, digest in digests.items()})
 
 
 def _compare(partition: WorkPartition, values: Mapping[str, str]) -> None:

@@ -15,6 +15,7 @@ from ..exceptions import PlanError
 from ..io import ExpertSource, ResizedSource, Source, StateDictSource, open_source, stored_names, tensor_digest
 from ..nn import DENSE
 from ..nn.expert_parameters import expert_parameter_names
+from .agreement import check_same_experts, check_same_models
 from .changes import TensorChanges, check_averages, read_changes, read_finite
 from .factor_cache import FactorCache, known_digest
 from .layer_factors import ExpertFactors, LayerFactors
@@ -196,7 +197,6 @@ class FactorizedExperts:
     differences: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # parameter → expert's index → difference
     sums: dict[str, Tensor] = field(default_factory=dict)  # name of a tensor to average → the sum over the experts
     changes: dict[str, TensorChanges] = field(default_factory=dict)  # expert → what it changed; averages do not count
-    loaded_digests: dict[str, str] = field(default_factory=dict)  # loaded expert → digest of its weights
 
     def gather_layer(self, name: str, num_experts: int, partition: WorkPartition) -> LayerFactors:
         """Take the factors of one layer out of this object, with those of the other processes."""
@@ -245,10 +245,12 @@ def factorize_experts(
 
     Experts stream: each is opened when its turn comes, and dropped before the next one. `factorized` may hold factors
     of other experts. `on_progress` is called with the number of pairs done and in all. Raises PlanError if an expert
-    does not fit, or a tensor is not finite.
+    does not fit, a tensor is not finite, or processes have other models.
     """
     source, aliases = StateDictSource(pretrained.state_dict()), stored_names(pretrained)
     opened = open_experts(plan, experts, source, aliases)
+    check_same_models(partition, source, opened)
+    loaded_digests: dict[str, str] = {}
     assigned = partition.assign([layer.work for _ in experts for layer in plan.layers])
     turns, done = iter(assigned), 0
     config = factorizer.config
@@ -264,7 +266,7 @@ def factorize_experts(
         if expert_source is None:
             expert_source = load_expert(plan, name, expert, source, aliases)
             if partition.size > 1:  # all processes load it, and compare its weights
-                factorized.loaded_digests[name] = expert_source.digest()
+                loaded_digests[name] = expert_source.digest()
         label, changes = f"expert {name!r}", factorized.changes.setdefault(name, TensorChanges())
         if averaged:
             check_averages(plan, source, expert_source, label, aliases)
@@ -281,6 +283,7 @@ def factorize_experts(
         factorized.read_differences(source, expert_source, index, names, label)
         del expert_source, items  # with what they have mapped, before the next expert is opened
     factorized.check_averages(source, len(experts))
+    check_same_experts(partition, loaded_digests)
 
 
 def open_experts(

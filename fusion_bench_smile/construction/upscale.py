@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import psutil
 import torch
@@ -19,7 +19,7 @@ from ..io.names import check_expert_names
 from ..io.transformers_hook import attach_metadata
 from ..nn import Prototypes
 from ..nn.attention import split_in_place, split_names
-from .agreement import check_same_experts, check_same_inputs
+from .agreement import check_same_options
 from .assemble import Differences, replace_layers, set_averages, set_routing, stack_differences
 from .bounds import expert_bounds
 from .changes import check_recurrent, expert_changes, warn_of_unused_changes
@@ -70,32 +70,24 @@ def upscale(
         config, named = SmileConfig.resolve(config, options), _named(experts)
         if meta := [name for name, parameter in pretrained.named_parameters() if parameter.is_meta]:
             raise PlanError(f"the pretrained model has no weights, {meta[0]} is on the meta device: load it first")
-        request = _Request(pretrained, split_targeted_attention(pretrained, config), named, config, calibration)
-        return _upscale(request, partition, factor_cache, in_place, on_progress)
-
-
-class _Request(NamedTuple):
-    """The arguments of `upscale` that the result depends on."""
-
-    given: nn.Module  # the pretrained model
-    pretrained: nn.Module  # the same with split attention where the options name a layer of it
-    experts: dict[str, ExpertSource]
-    config: SmileConfig
-    calibration: int
+        return _upscale(
+            pretrained, named, config, calibration, partition, factor_cache=factor_cache, in_place=in_place,
+            on_progress=on_progress,
+        )  # fmt: skip
 
 
 def _upscale(
-    request: _Request, partition: WorkPartition, factor_cache: FactorCache | None, in_place: bool,
-    on_progress: ProgressCallback | None,
+    given: nn.Module, named: dict[str, ExpertSource], config: SmileConfig, calibration: int,
+    partition: WorkPartition, *,
+    factor_cache: FactorCache | None, in_place: bool, on_progress: ProgressCallback | None,
 ) -> nn.Module:  # fmt: skip
-    given, pretrained, named, config, calibration = request
+    pretrained = split_targeted_attention(given, config)
     plan = make_plan(pretrained, len(named), config)
     began, workers = time.perf_counter(), plan.num_workers(config.compute_device)
     factorizer = Factorizer(config, with_router=len(named) > 1, cache=factor_cache, workers=workers)
     factorized = FactorizedExperts()
-    check_same_inputs(partition, pretrained, named, config, calibration)
+    check_same_options(partition, config, calibration, named)
     factorize_experts(plan, pretrained, named, factorizer, partition, factorized, on_progress)
-    check_same_experts(partition, factorized.loaded_digests)
     changes = factorized.gather_changes(named, partition)
     check_recurrent(plan, changes)
     model = split_in_place(given, split_names(pretrained)) if in_place else deepcopy(pretrained)
