@@ -21,7 +21,7 @@ from ..exceptions import CheckpointError, SmileError
 from .atomic import replace_folder_atomically
 from .digests import write_digests
 from .model_card import HUB_NAME, write_model_card
-from .safetensors_source import WEIGHTS_FILE, SafetensorsSource, check_tensors
+from .safetensors_source import WEIGHTS_FILE, check_tensors, stored_tensors
 from .sources import Shapes, tied_names
 from .text import shortened
 from .transformers_hook import (
@@ -109,7 +109,6 @@ def _load(folder: Path, pretrained: nn.Module | None, verify: bool) -> nn.Module
     if verify:
         verify_checkpoint(folder)
     if config is not None:
-        check_tensors(folder, {})  # readable at all? the hook compares names and shapes
         return _from_pretrained(folder, config)
     if pretrained is None:
         raise CheckpointError(f"{folder} holds no transformers model: give the pretrained model it was built from")
@@ -130,7 +129,7 @@ def _load(folder: Path, pretrained: nn.Module | None, verify: bool) -> nn.Module
 
 def _from_pretrained(folder: Path, config: dict[str, Any]) -> PreTrainedModel:
     """The model of transformers in a folder. Raises CheckpointError for whatever transformers raises."""
-    stored = SafetensorsSource(folder).shapes()
+    stored = stored_tensors(folder)
     check_depth(folder, config, len(stored))
     model_class = architecture(folder, config.get("architectures"))
     try:

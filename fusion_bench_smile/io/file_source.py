@@ -106,7 +106,7 @@ class FileSource(Source):
         """The file, its size and time of change, the tensor's name and dtype."""
         file, stored_name = self._locations[name]
         stat = file.stat()
-        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stored_name, self._dtypes.get(name)
+        return stat.st_dev, file_version(stat), stored_name, self._dtypes.get(name)
 
     def stamp(self) -> Hashable | None:
         """The names of the tensors, their dtypes, and the inode, size and time of change of each file.
@@ -114,10 +114,15 @@ class FileSource(Source):
         Processes on several machines that read one file from a shared file system get the same.
         """
         files = {file: file.stat() for file in sorted({file for file, _ in self._locations.values()})}
-        stats = tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in files.values())
+        stats = tuple(map(file_version, files.values()))
         numbers = {file: number for number, file in enumerate(files)}
         names = tuple((name, numbers[file], stored) for name, (file, stored) in sorted(self._locations.items()))
         return stats, names, tuple(sorted((name, str(dtype)) for name, dtype in self._dtypes.items()))
+
+
+def file_version(status: os.stat_result) -> tuple[int, int, int]:
+    """What identifies the content of a file without reading it: inode, size, time of change in ns."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def prefix_of_base(names: Collection[str], like: Collection[str]) -> str:

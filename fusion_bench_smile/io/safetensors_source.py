@@ -13,6 +13,7 @@ from ..exceptions import CheckpointError, PlanError
 from ..nn import ROUTER_NAME
 from ..nn.routed import EXPERT_TENSORS
 from .file_source import FileSource, TensorHeader
+from .sources import Shapes
 from .text import shortened
 
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -58,24 +59,34 @@ def flatten_tensor(folder: Path, name: str) -> bool:
     return False
 
 
+def stored_tensors(folder: Path) -> Shapes:
+    """Name → shape of the tensors in the files of a checkpoint, of which only headers are read.
+
+    Raises CheckpointError if a file is missing or cannot be read.
+    """
+    try:
+        return SafetensorsSource(folder).shapes()
+    except PlanError as error:
+        raise CheckpointError(f"{error}; this is no complete SMILE checkpoint") from None
+
+
 def check_tensors(
     folder: Path, required: Mapping[str, tuple[int, ...]], aliases: Mapping[str, tuple[str, ...]] | None = None,
     known: Collection[str] = (),
 ) -> None:  # fmt: skip
     """Raise a CheckpointError if files of a folder lack a tensor, have it in another shape, or hold surplus experts.
 
-    Only headers are read.
-
     A tensor with `aliases` is stored once, under any of its names. Those called `known` may be stored as well.
     """
-    try:
-        stored, shapes = SafetensorsSource(folder).shapes(), SafetensorsSource(folder, aliases=aliases).shapes()
-    except PlanError as error:
-        raise CheckpointError(f"{error}; this is no complete SMILE checkpoint") from None
+    stored = stored_tensors(folder)
+    shapes = dict(stored)
     for name, others in (aliases or {}).items():
-        if name in stored and (twice := [other for other in others if other in stored]):
-            problem = f"{folder} holds {name} and {twice[0]}, which are one tensor in the given model"
+        found = [other for other in others if other in stored]
+        if name in stored and found:
+            problem = f"{folder} holds {name} and {found[0]}, which are one tensor in the given model"
             raise CheckpointError(f"{problem}: give the pretrained model that it was built from")
+        if found:
+            shapes[name] = stored[found[0]]
     missing = [name for name in required if name not in shapes]
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} of {len(required)} tensors (first: {missing[0]})")

@@ -35,6 +35,7 @@ from ..nn.input_router import InputRouter
 from ..nn.layer_types import SmileLinear, plain_type_of, routed_type_of
 from ..nn.prototypes import Prototypes
 from .digests import write_digests
+from .file_source import file_version
 from .metadata import SmileMetadata
 from .safetensors_source import check_tensors, flatten_tensor
 from .schema import read_json
@@ -226,17 +227,17 @@ def read_metadata(folder: Path) -> tuple[SmileMetadata, dict[str, Any] | None]:
     return SmileMetadata.from_dict(section, str(folder)), config
 
 
-def folder_version(folder: Path | None) -> frozenset[tuple[str, int, int, int]]:
-    """What identifies the files in a folder without reading them: names, inodes, sizes, times of change.
+def folder_version(folder: Path | None) -> frozenset[tuple[str, tuple[int, int, int]]]:
+    """What identifies the files in a folder without reading them: their names, and `file_version`.
 
     Checkpoints are replaced as a whole and never changed in place, so that all files that were read between two equal
     versions belong to one checkpoint.
     """
     try:
-        entries = [(entry.name, entry.stat()) for entry in os.scandir(folder)] if folder is not None else []
+        entries = os.scandir(folder) if folder is not None else ()
+        return frozenset((entry.name, file_version(entry.stat())) for entry in entries)
     except OSError:  # it is replaced at this moment, or was deleted
         return frozenset()
-    return frozenset((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in entries)
 
 
 def _restore_shape(layer: nn.Module, shape: torch.Size) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..exceptions import SmileError
 from .digests import check_digests
-from .transformers_hook import read_metadata, read_section
+from .metadata import SmileMetadata
+from .transformers_hook import read_section
 
 
 def verify_checkpoint(path: str | os.PathLike[str]) -> int:
@@ -16,8 +17,9 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> int:
     Raises CheckpointError, which names the first damaged tensor, also for a checkpoint without digests.
     """
     folder = Path(path)
-    read_metadata(folder)
-    return check_digests(folder, read_section(folder)[0])
+    section, _ = read_section(folder)
+    SmileMetadata.from_dict(section, str(folder))
+    return check_digests(folder, section)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
