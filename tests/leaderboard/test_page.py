@@ -117,23 +117,23 @@ def test_enormous_scores_leave_room_for_the_others(browser, tmp_path):
 @needs_browser
 def test_filtering(opened):
     count = opened.find_element(By.ID, "count")
-    assert count.text == "24 of 24 rows"
+    assert count.text == "27 of 27 rows"
     box = opened.find_element(By.ID, "filter")
     box.send_keys("smile K=8")
     assert methods(board(opened, 1)) == ["SMILE (gate_k=4, k=8)"]
     assert len(board(opened, 1).find_elements(By.CSS_SELECTOR, ".point")) == 1
-    assert count.text == "1 of 24 rows"
+    assert count.text == "1 of 27 rows"
     box.clear()
     box.send_keys("x", Keys.BACKSPACE)
     opened.find_element(By.ID, "published").click()
     assert methods(board(opened, 0)) == ["ours"]
-    assert count.text == "5 of 24 rows"
+    assert count.text == "5 of 27 rows"
 
 
 @needs_browser
 def test_published_rows_are_marked(opened):
     rows = board(opened, 0).find_elements(By.CSS_SELECTOR, "tr.published")
-    assert len(rows) == 19
+    assert len(rows) == 22
     assert all("†" in row.text for row in rows)
     assert not any(row.find_elements(By.CSS_SELECTOR, ".best") for row in rows)
     header(board(opened, 0), "method").find_element(By.TAG_NAME, "button").click()
