@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -82,6 +83,7 @@ def _run_in_child(work: Callable[[Send], None], writing: int, leads_group: bool)
         Child._inherited = {writing}
         _discard_output()
         torch.set_num_threads(1)  # threads of the parent do not exist here
+        gc.freeze()  # the parent's objects are many, and transformers 4.48 collects garbage after every shard
         signal.signal(signal.SIGINT, signal.default_int_handler)
         values = os.fdopen(writing, "w", encoding="utf-8")
 
