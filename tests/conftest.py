@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,11 @@ def output(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def to_dtype(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # full collections during the tests leave out what the imports made
 
 
 def pytest_sessionfinish() -> None:
