@@ -14,6 +14,7 @@ import torch
 from fusion_bench.method.base_algorithm import BaseAlgorithm
 from fusion_bench.mixins.lightning_fabric import LightningFabricMixin
 from fusion_bench.modelpool.base_pool import BaseModelPool
+from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from .. import analysis as studies
 from ..analysis import figures
 from ..construction import upscale
 from ..io import ExpertSource, write_atomically
+from ..leaderboard.published import projection_merging
 from ..nn import count_parameters
 from ..reports import save_figure, task_results
 from .model_pools import PRETRAINED, expert_source, load_model
@@ -87,6 +89,11 @@ class Study(LightningFabricMixin, BaseAlgorithm):
         """The fine-tuned model of a task."""
         return load_model(self.pool, task).eval()
 
+    @property
+    def pool_name(self) -> str:
+        """The configuration name of the model pool; empty outside of a Hydra run."""
+        return str(HydraConfig.get().runtime.choices.get("modelpool")) if HydraConfig.initialized() else ""
+
     def task_pool(self, task: str) -> Any:
         """The task pool of the run with one task alone."""
         if task not in self._task_pools:
@@ -120,7 +127,10 @@ class ProjectionMerging(Study):
     """Scores of the experts with task vectors projected onto one zone of the pretrained weights."""
 
     def study(self) -> Results:
-        """Table and figure ``projection_merging``: one row for each zone, one column for each task, in percent."""
+        """Table and figure ``projection_merging``: one row for each zone, one column for each task, in percent.
+
+        The table has published results for the same model pool, too, as rows with †.
+        """
         rows: dict[str, dict[str, float]] = defaultdict(dict)
         for task in self.names:
             expert = self.individual(task)
@@ -129,7 +139,11 @@ class ProjectionMerging(Study):
                 projected = studies.project_onto_zone(self.pretrained, expert, zone)
                 rows[f"zone {zone}"][task] = self.score(projected, task)
             rows["fine-tuned"][task] = self.score(expert, task)
-        return _with_figure("projection_merging", _with_average(rows), figures.score_bars)
+        measured = _with_average(rows)
+        published = projection_merging(self.pool_name, self.names).rename(index="{} †".format)
+        return {"projection_merging": pd.concat([measured, published])}, {
+            "projection_merging": figures.score_bars(measured)
+        }
 
 
 class ExplainedVariance(Study):

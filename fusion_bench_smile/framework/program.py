@@ -94,6 +94,8 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         self.record_routing, self.redo = routing, redo
         self.measurements: dict[str, Any] = {}
         self._meter = ResourceMeter()
+        self._merged_model: Any = None
+        self._task_report: Any = None
 
     def run(self) -> dict[str, Any]:
         """The result of the framework's program, with the written `RunReport`, or None, under ``run_report``."""
@@ -112,6 +114,7 @@ class ReportingFusionProgram(FabricModelFusionProgram):
     def save_merged_model(self, merged_model: nn.Module) -> None:
         """Measure the construction that has ended, and save the model if there is a ``merged_model_save_path``."""
         self.measurements["construction"] = self._meter.stop()
+        self._merged_model = merged_model
         if isinstance(merged_model, nn.Module):
             self.measurements |= {"parameters": count_parameters(merged_model), "bytes": count_bytes(merged_model)}
             self.measurements["unused_change"] = unused_change(merged_model)
@@ -121,7 +124,10 @@ class ReportingFusionProgram(FabricModelFusionProgram):
             super().save_merged_model(merged_model)
 
     def evaluate_merged_model(self, taskpool: Any, merged_model: Any, *args: Any, **kwargs: Any) -> Any:
-        """The task pool's report of the model on all tasks, or of each individual model on its own task."""
+        """The task pool's report of the model on all tasks, or of each individual model on its own task.
+
+        The report of the method's result is kept, and an empty one returned, which the framework prints instead.
+        """
         meter = ResourceMeter()
         if isinstance(merged_model, IndividualModels):
             report: Any = self._evaluate_individual(merged_model)
@@ -132,6 +138,9 @@ class ReportingFusionProgram(FabricModelFusionProgram):
                 else:
                     report = super().evaluate_merged_model(taskpool, merged_model, *args, **kwargs)
         self.measurements["evaluation"] = meter.stop()
+        if merged_model is self._merged_model:
+            self._task_report = report
+            return {}
         return report
 
     @property
@@ -144,19 +153,26 @@ class ReportingFusionProgram(FabricModelFusionProgram):
         started = datetime.now(timezone.utc)
         report_save_path, self.report_save_path = self.report_save_path, None  # every process would write that file
         try:
-            result: Any = super().run()
+            result: Any = {**super().run(), "report": self._task_report}
             report = None if result["merged_model"] is None else self._complete_report(result["report"], started)
         except (Exception, SystemExit) as error:
             succeeded = isinstance(error, SystemExit) and error.code in (None, 0)
             if not succeeded and process_rank() == 0:
                 self._record_failure(folder, started, error)
             raise
-        if report is not None and process_rank() == 0:
-            if report_save_path is not None:
-                _write_task_report(result["report"], Path(report_save_path.format(log_dir=folder)))
+        if process_rank() == 0:
+            self._show(report, result["report"], folder, report_save_path)
+        return {**result, "run_report": report}
+
+    def _show(self, report: RunReport | None, task_report: Any, folder: Path, report_save_path: str | None) -> None:
+        """Write the reports and print a summary, or the task pool's report if there is no other."""
+        if report_save_path is not None and task_report is not None:
+            _write_task_report(task_report, Path(report_save_path.format(log_dir=folder)))
+        if report is not None:
             individual = report.tasks if report.kind == "individual" else self._individual_tasks
             print_summary(report, report.write(folder), individual, Console())
-        return {**result, "run_report": report}
+        elif task_report is not None:
+            print(json.dumps(task_report, indent=2, default=str))
 
     def _record_failure(self, folder: Path, started: datetime, error: BaseException) -> None:
         """Write the report of a failed run. If that fails too, it is logged: the error of the run is raised."""

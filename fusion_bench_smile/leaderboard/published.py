@@ -42,6 +42,19 @@ def load(name: str) -> Published:
     return Published(benchmark["title"], table, individual, metadata["source"], smile, metadata["smile"])
 
 
+def projection_merging(modelpool: str, tasks: Collection[str]) -> pd.DataFrame:
+    """The published scores (model × task, in percent) of experts whose task vectors are projected onto one zone.
+
+    The rows are those of `analysis.ZONES`, with the pretrained and the fine-tuned models; empty for other model pools.
+    """
+    for name, benchmark in sources()["benchmarks"].items():
+        file = FOLDER / f"projection_merging_{name}.csv"
+        if file.exists() and any(fnmatch(modelpool, pattern) for pattern in benchmark["modelpools"]):
+            table = pd.read_csv(file, index_col="model")
+            return table if set(table.columns) == {*tasks, "average"} else pd.DataFrame()
+    return pd.DataFrame()
+
+
 def _load_smile(name: str, benchmark: dict[str, Any]) -> pd.DataFrame:
     """Published results of SMILE, with the parameter ratio of the framework's layout; empty without any."""
     file = FOLDER / f"smile_{name}.csv"

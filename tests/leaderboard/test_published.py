@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from fusion_bench_smile import SmileConfig
+from fusion_bench_smile.analysis import ZONES
 from fusion_bench_smile.construction import LayerPlan, make_plan
 from fusion_bench_smile.leaderboard import published_for
-from fusion_bench_smile.leaderboard.published import OPTIONS, load, sources
+from fusion_bench_smile.leaderboard.published import OPTIONS, load, projection_merging, sources
 from fusion_bench_smile.nn import DENSE
 
 
@@ -48,6 +49,16 @@ def test_published_averages_are_those_of_the_tasks(name):
     # as published: RTE of the simple average is 90.5 where its average says 80.5
     known = ["Simple Average"] if name == "flan_t5_base_glue_lora16" else []
     assert (difference.drop(known) < 0.11).all(), difference[difference >= 0.11]
+
+
+def test_published_projection_merging_has_the_individual_models_in_its_last_row():
+    table = projection_merging("CLIPVisionModelPool/clip-vit-base-patch32_TA8", CLIP_TASKS)
+    assert list(table.index) == ["pretrained", *(f"zone {zone}" for zone in ZONES), "fine-tuned"]
+    assert (table.drop(columns="average").mean(axis=1) - table["average"]).abs().max() < 0.011
+    individual = load("clip_vit_b32_ta8").table.loc["Fine-tuned (STL)", list(CLIP_TASKS)]
+    assert (table.loc["fine-tuned", list(CLIP_TASKS)] - individual).abs().max() < 0.051
+    assert projection_merging("SmileEmbedded/gentle", CLIP_TASKS).empty
+    assert projection_merging("CLIPVisionModelPool/clip-vit-base-patch32_TA8", ("mnist",)).empty
 
 
 @pytest.mark.parametrize("name", WITH_SMILE)
