@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from transformers import BatchEncoding, BertModel, CLIPModel, CLIPProcessor, CLIPVisionModel
 
 from smile_zoo import images, text
+from smile_zoo.heads import Head
 from smile_zoo.images.evaluate import zero_shot_head
 from smile_zoo.loading import with_adapter
 from smile_zoo.text.evaluate import arrays
-from smile_zoo.text.task_pool import Head, mean_pooled_embeddings, tokenize_batch
+from smile_zoo.text.task_pool import mean_pooled_embeddings, tokenize_batch
 from studies.images import labelled_pixels
 from studies.routing.variants import CALIBRATION_SIZES
 

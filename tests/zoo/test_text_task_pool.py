@@ -10,14 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fusion_bench_smile.exceptions import SmileError
+from smile_zoo.heads import Head
 from smile_zoo.text import TASKS, load_head, load_pretrained, load_texts, load_tokenizer
 from smile_zoo.text.evaluate import accuracy
-from smile_zoo.text.task_pool import (
-    Head,
-    TextClassificationTaskPool,
-    mean_pooled_embeddings,
-    tokenize_batch,
-)
+from smile_zoo.text.task_pool import TextClassificationTaskPool, mean_pooled_embeddings, tokenize_batch
 
 
 @pytest.fixture(scope="module")

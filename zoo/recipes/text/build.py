@@ -17,6 +17,7 @@ from recipes.common.adapters import extract_adapter, save_adapter
 from recipes.common.packages import cached, fetch
 from recipes.text.finetune import finetune, linear_layers, probe
 from recipes.text.tasks import DEBIAN, SIZES, Texts, build_task
+from smile_zoo.heads import Head
 from smile_zoo.text import (
     DATA,
     HEAD,
@@ -30,7 +31,6 @@ from smile_zoo.text import (
     load_tokenizer,
 )
 from smile_zoo.text.evaluate import accuracy, arrays
-from smile_zoo.text.task_pool import Head
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from smile_zoo.heads import Head
 from smile_zoo.text.evaluate import embeddings
-from smile_zoo.text.task_pool import Head, Text, mean_pooled_embeddings, tokenize_batch
+from smile_zoo.text.task_pool import Text, mean_pooled_embeddings, tokenize_batch
 
 
 @dataclass(frozen=True)

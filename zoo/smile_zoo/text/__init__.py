@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import BertModel, PreTrainedTokenizerBase
 
-    from smile_zoo.text.task_pool import Head
+    from smile_zoo.heads import Head
 
 DATA = Path(__file__).parent / "data"
 TASKS = ("sections", "glosses", "fortunes", "languages", "bible", "headings", "relations", "definitions")
@@ -113,7 +113,7 @@ def load_head(task: str, kind: Kind = "full") -> Head:
     Raises:
         SmileError: for an unknown task or kind.
     """
-    from smile_zoo.text.task_pool import Head
+    from smile_zoo.heads import Head
 
     return Head.load(expert_folder(task, kind) / HEAD)
 

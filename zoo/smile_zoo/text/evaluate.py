@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from smile_zoo.text.task_pool import Head, Text, mean_pooled_embeddings, text_examples, tokenize_batch
+from smile_zoo.heads import Head
+from smile_zoo.text.task_pool import Text, mean_pooled_embeddings, text_examples, tokenize_batch
 
 
 def arrays(dataset: Dataset, task: str) -> tuple[list[Text], Tensor]:

@@ -5,55 +5,24 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset
 from fusion_bench.mixins import LightningFabricMixin
 from fusion_bench.taskpool import BaseTaskPool
 from omegaconf import DictConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from fusion_bench_smile.exceptions import SmileError
 from fusion_bench_smile.framework.task_pools import evaluate_in_batches, instantiate_config, load_tokenizer, model_info
+from smile_zoo.heads import Head, load_head
 
 log = logging.getLogger(__name__)
 
 Text = str | tuple[str, str]  # a text, or a pair of texts
-
-
-class Head(NamedTuple):
-    """A linear classifier of C classes on embeddings of size D.
-
-    Attributes:
-        weight: (C, D), float32.
-        bias: (C,), float32.
-    """
-
-    weight: Tensor
-    bias: Tensor
-
-    @classmethod
-    def load(cls, file: str | Path) -> Head:
-        """Read a head from a safetensors file with the tensors ``weight`` and ``bias``.
-
-        Raises:
-            SmileError: naming the file that is missing or has other contents.
-        """
-        try:
-            tensors = load_file(file)
-            return cls(tensors["weight"].float(), tensors["bias"].float())
-        except (OSError, SafetensorError, KeyError) as error:
-            raise SmileError(f"{file} is no classification head with weight and bias: {error}") from None
-
-    def save(self, file: str | Path) -> None:
-        """Write the head to a safetensors file, in its dtype."""
-        save_file({"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}, file)
 
 
 def tokenize_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int = 64) -> BatchEncoding:
@@ -124,7 +93,7 @@ class TextClassificationTaskPool(LightningFabricMixin, BaseTaskPool):
         model = self.fabric.to_device(model).eval()
         report: dict[str, Any] = {"model_info": model_info(model, name)}
         for task, entry in self._tasks.items():
-            dataset, head = instantiate_config(entry["dataset"]), _head(entry["head"])
+            dataset, head = instantiate_config(entry["dataset"]), load_head(entry["head"])
             texts, labels = text_examples(task, dataset)
             predictions = self._predictions(model, tokenizer, head, texts, labels, task)
             correct = [prediction == label for prediction, label in predictions]
@@ -158,10 +127,6 @@ class TextClassificationTaskPool(LightningFabricMixin, BaseTaskPool):
 
         order = range(len(texts))
         return evaluate_in_batches(order, self.batch_size, classify, task=task, fast_dev_run=self.fast_dev_run)
-
-
-def _head(source: Any) -> Head:
-    return Head.load(source) if isinstance(source, (str, Path)) else instantiate_config(source)
 
 
 def text_examples(task: str, dataset: Dataset) -> tuple[list[Text], list[int]]:
