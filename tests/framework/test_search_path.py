@@ -36,9 +36,9 @@ def search_path(*arguments: str) -> ConfigSearchPathImpl:
 def choices(config: Path) -> list[str]:
     """The arguments that select each configuration of a folder."""
     return [
-        f"{'+' if group == 'experiment' else ''}{group}={file.relative_to(config / group).with_suffix('')}"
-        for group in ("modelpool", "taskpool", "experiment")
-        for file in sorted((config / group).rglob("*.yaml"))
+        f"{group}={file.relative_to(config / group.lstrip('+')).with_suffix('')}"
+        for group in ("modelpool", "taskpool", "+experiment", "+smile_row")
+        for file in sorted((config / group.lstrip("+")).rglob("*.yaml"))
     ]
 
 

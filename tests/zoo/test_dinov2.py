@@ -9,11 +9,14 @@ import pytest
 import torch
 from command_line import on_one_and_two_processes
 from datasets import Dataset
+from sample_reports import report
 from torch import nn
 
 from fusion_bench_smile import upscale
 from fusion_bench_smile.exceptions import SmileError
+from fusion_bench_smile.reports import TaskResult
 from smile_zoo import cache, dinov2
+from smile_zoo.comparison import interval
 from smile_zoo.dinov2 import (
     DATA,
     EIGHT_TASKS,
@@ -88,7 +91,7 @@ def test_the_backbone_is_that_of_the_onnx_file(backbone):
 @needs_backbone
 def test_pixels_are_those_of_the_image_processor():
     images = load_images("textures").select(range(5))["image"]
-    expected = load_processor()(images, return_tensors="pt")["pixel_values"]
+    expected = load_processor()(list(images), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(to_pixels(images), expected, rtol=1e-5, atol=1e-5)
     inputs = load_inputs("textures")[:3]["pixel_values"]
     torch.testing.assert_close(inputs, to_pixels(load_images("textures", "train")[:3]["image"]))
@@ -165,6 +168,16 @@ def test_one_process_and_two_give_the_same_report(tmp_path):
     )
     assert one == two
     assert one["digits"]["samples"] == 25
+
+
+def test_the_interval_is_that_of_the_binomial_distribution(tmp_path):
+    rng = np.random.default_rng(0)
+    averages = (rng.binomial(200, [[0.9], [0.6]], (2, 20000)) / 2).mean(axis=0)  # of two tasks, in percent
+    tasks = {
+        name: TaskResult(metric="accuracy", score=score, samples=200) for name, score in (("a", 90.0), ("b", 60.0))
+    }
+    report(tasks=tasks).write(tmp_path)
+    assert interval(tmp_path) == pytest.approx(1.96 * averages.std(), rel=0.03)
 
 
 def test_experts_are_small():

@@ -18,12 +18,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
+from math import prod, sqrt
 from pathlib import Path
 
 from rich.console import Console
 
 from fusion_bench_smile.leaderboard import leaderboard, show, write
+from fusion_bench_smile.reports import REPORT_FILE, RunReport
 from smile_zoo import images, text
 from smile_zoo.progress import shown_progress
 
@@ -71,8 +72,8 @@ def ranks(gate_k: str, k: str, *overrides: str) -> tuple[str, ...]:
 DINOV2 = Benchmark(
     "DINOv2-small*", "smile_dinov2", ("eight", "fourteen"), ("eight",),
     (*MERGED, "backbone_regmean", "backbone_adamerging"),
-    (("smile_framework,smile", *ranks("16", "32")), ("smile", *ranks("32", "32")),
-     ("smile", *ranks("32", "64", "method.storage=int8"))),
+    (("smile_framework", *ranks("16", "32")), ("smile", *ranks("32", "32")),
+     ("smile", *ranks("32", "32", "method.storage=int8"))),
     ("taskpool.max_samples=200",),
 )  # fmt: skip
 EMBEDDED = Benchmark(
@@ -121,6 +122,19 @@ def run_all(benchmark: Benchmark, expert_sets: Sequence[str], folder: Path) -> N
         list(executor.map(lambda job: run(job[0], job[1], threads), jobs))
 
 
+def interval(outputs: Path) -> float:
+    """Half of the widest 95 % interval of an average accuracy in a folder of outputs, in points.
+
+    The average is that of T tasks with N independent test samples each: its variance is Σ p (1 − p) / N / T².
+    """
+    widths = [0.0]
+    for file in outputs.rglob(REPORT_FILE):
+        tasks = [(task.score, task.samples) for task in RunReport.read(file).tasks.values()]
+        variance = sum(score * (100 - score) / samples for score, samples in tasks if score is not None and samples)
+        widths.append(1.96 * sqrt(variance) / max(1, len(tasks)))
+    return max(widths)
+
+
 def parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -150,6 +164,7 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     boards, skipped = leaderboard([arguments.folder / "outputs"], benchmarks=[benchmark.name])
     show(boards, "table", Console())
+    print(f"95 % intervals of the averages: at most ± {interval(arguments.folder / 'outputs'):.1f} points")
     for file in write(boards, arguments.folder / "leaderboard", skipped, f"Comparison: {arguments.benchmark}"):
         print(file)
     print(f"{time.perf_counter() - started:.0f} seconds")
