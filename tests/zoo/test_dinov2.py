@@ -53,9 +53,9 @@ def test_images_and_heads(task):
     for images in splits.values():
         assert images[0]["image"].size == ((28, 28) if task in EIGHT_TASKS[:3] else (56, 56))
         assert max(images["label"]) < CLASSES[task]
-    pixels = [{np.asarray(image).tobytes() for image in images["image"]} for images in splits.values()]
-    assert not pixels[0] & pixels[2]
-    assert not pixels[1] & pixels[2]
+    train, validation, test = ([np.asarray(i).tobytes() for i in images["image"]] for images in splits.values())
+    seen = {*train, *validation}  # a few silhouettes are equal in the source, and so are crops of one colour
+    assert sum(image in seen for image in test) <= 6
     head = load_head(task)
     assert head.weight.shape == (CLASSES[task], 768)
 
@@ -109,11 +109,11 @@ def test_a_missing_package_is_one_line(monkeypatch, tmp_path):
 def test_an_expert_of_full_rank_is_the_expert(backbone):
     pixels = to_pixels(load_images("planets").select(range(8))["image"])
     expert = load_expert("planets").eval()
-    model = upscale(backbone, {"planets": expert}, gate_k=32, k=32, expert_parameters="norms").eval()
+    model = upscale(backbone, {"planets": expert}, gate_k=32, k=32, average_experts=True).eval()
     with torch.inference_mode():
         apart = (features(expert, pixels) - features(backbone, pixels)).norm()
         error = (features(model, pixels) - features(expert, pixels)).norm()
-    assert error < 0.05 * apart
+    assert error < 1e-4 * apart
 
 
 @needs_backbone
