@@ -23,8 +23,8 @@ PLUGINS = {
     "smile_optuna": ("hydra_optuna_sweeper", "sweep"),
 }  # fmt: skip
 ZOO_CHOICE = re.compile(
-    r"\+{0,2}((modelpool|taskpool)=(.*,)?(SmileEmbedded/|SmileText/|SmileGLUE/tiny-t5)"
-    r"|experiment=(.*,)?(smile_embedded|smile_text)/)"
+    r"\+{0,2}((modelpool|taskpool)=(.*,)?(SmileEmbedded/|SmileText/|SmileSmolLM2/|SmileGLUE/tiny-t5)"
+    r"|experiment=(.*,)?(smile_embedded|smile_text|smile_smollm2)/)"
 )
 
 

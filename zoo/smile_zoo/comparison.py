@@ -1,7 +1,8 @@
 """Compare merging methods on the benchmarks of the zoo: every method through the framework, then one leaderboard.
 
-python -m smile_zoo.comparison                   # images
-python -m smile_zoo.comparison --benchmark text  # text
+python -m smile_zoo.comparison                      # images
+python -m smile_zoo.comparison --benchmark text     # text
+python -m smile_zoo.comparison --benchmark smollm2  # language
 
 Runs that are complete in the folder already are skipped.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fusion_bench_smile.leaderboard import leaderboard, show, write
-from smile_zoo import images, text
+from smile_zoo import images, smollm2, text
 from smile_zoo.progress import shown_progress
 
 MERGED = ("individual", "pretrained", "simple_average", "task_arithmetic", "ties_merging")
@@ -62,7 +63,11 @@ IMAGES = Benchmark(
     (("smile_framework,smile", "16", "8,16"), ("smile_two_pass,smile_calibrated", "16", "16")),
 )  # fmt: skip
 TEXT = Benchmark("text", "smile_text", text.KINDS, MERGED, (("smile_framework,smile", "8", "8"), ("smile", "16", "16")))
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (IMAGES, TEXT)}
+SMOLLM2 = Benchmark(
+    "smollm2", "smile_smollm2", smollm2.KINDS, MERGED,
+    (("smile_framework,smile,smile_two_pass,smile_calibrated", "8", "8"), ("smile", "16", "16")),
+)  # fmt: skip
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (IMAGES, TEXT, SMOLLM2)}
 
 
 def run(benchmark: Benchmark, expert_set: str, folder: Path, threads: int) -> None:
