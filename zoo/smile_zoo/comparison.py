@@ -3,6 +3,7 @@
 python -m smile_zoo.comparison                       # DINOv2 on eight image tasks
 python -m smile_zoo.comparison --only fourteen       # on fourteen
 python -m smile_zoo.comparison --benchmark text      # a sentence encoder
+python -m smile_zoo.comparison --benchmark smollm2   # a language model
 python -m smile_zoo.comparison --benchmark embedded  # the small CLIP
 
 Runs that are complete in the folder already are skipped.
@@ -25,7 +26,7 @@ from rich.console import Console
 
 from fusion_bench_smile.leaderboard import leaderboard, show, write
 from fusion_bench_smile.reports import REPORT_FILE, RunReport
-from smile_zoo import images, text
+from smile_zoo import images, smollm2, text
 from smile_zoo.progress import shown_progress
 
 MERGED = ("individual", "pretrained", "simple_average", "task_arithmetic", "ties_merging")
@@ -85,7 +86,11 @@ TEXT = Benchmark(
     "embedded text*", "smile_text", text.KINDS, text.KINDS, MERGED,
     (("smile_framework,smile", *ranks("8", "8")), ("smile", *ranks("16", "16"))),
 )  # fmt: skip
-BENCHMARKS = {"dinov2": DINOV2, "text": TEXT, "embedded": EMBEDDED}
+SMOLLM2 = Benchmark(
+    "SmolLM2*", "smile_smollm2", smollm2.KINDS, smollm2.KINDS, MERGED,
+    (("smile_framework,smile,smile_two_pass,smile_calibrated", *ranks("8", "8")), ("smile", *ranks("16", "16"))),
+)  # fmt: skip
+BENCHMARKS = {"dinov2": DINOV2, "smollm2": SMOLLM2, "text": TEXT, "embedded": EMBEDDED}
 
 
 def run(command: list[str], log_file: Path, threads: int) -> None:
