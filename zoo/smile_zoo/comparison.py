@@ -73,8 +73,7 @@ def ranks(gate_k: str, k: str, *overrides: str) -> tuple[str, ...]:
 DINOV2 = Benchmark(
     "DINOv2-small*", "smile_dinov2", ("eight", "fourteen"), ("eight",),
     (*MERGED, "backbone_regmean", "backbone_adamerging"),
-    (("smile_framework", *ranks("16", "32")), ("smile", *ranks("32", "32")),
-     ("smile", *ranks("32", "32", "method.storage=int8"))),
+    (("smile_framework,smile", *ranks("16", "32")), ("smile", *ranks("16", "32", "method.storage=int8"))),
     ("taskpool.max_samples=200",),
 )  # fmt: skip
 EMBEDDED = Benchmark(
