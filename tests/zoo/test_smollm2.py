@@ -199,7 +199,8 @@ def test_one_process_and_two_give_the_same_report(tmp_path):
     few = f"{{_target_: datasets.Dataset.from_parquet,path_or_paths: {tmp_path}/few.parquet}}"
     one, two = on_one_and_two_processes(
         "method=task_arithmetic", "method.scaling_factor=1", "modelpool=SmileSmolLM2/lora",
-        "taskpool=SmileSmolLM2/lora", "taskpool.batch_size=5", f"+taskpool.tasks.few.dataset={few}", "~taskpool.tasks.lemmas",
+        "taskpool=SmileSmolLM2/lora", "taskpool.batch_size=5", f"+taskpool.tasks.few.dataset={few}",
+        "~taskpool.tasks.lemmas",
         *without_other_tasks("lemmas", "modelpool.models", "taskpool.tasks"), folder=tmp_path,
     )  # fmt: skip
     assert one == two
