@@ -1,4 +1,4 @@
-"""SMILE on the DINOv2 benchmark, with experts of three seeds in full rank, on eight and on fourteen tasks.
+"""SMILE on the DINOv2 benchmark, with experts of up to three seeds in full rank, on eight and on fourteen tasks.
 
 python -m studies.dinov2 FOLDER docs/dinov2_results.md   # FOLDER: of recipes.images.seeds FOLDER --benchmark dinov2
 """
@@ -42,8 +42,8 @@ TASK_SETS = {"eight tasks": EIGHT_TASKS, "fourteen tasks": TASKS}
 HEADER = f"""# Measurements of the DINOv2 benchmark
 
 Written by `python -m studies.dinov2 FOLDER docs/dinov2_results.md`: the first {IMAGES} test images of each task,
-experts of three seeds of fine-tuning in full rank, retention in percent. The interval is a paired bootstrap over the
-images; it leaves out the variance between seeds, which the last columns show.
+experts in full rank of the seeds of fine-tuning in the last columns, retention in percent. The interval is a paired
+bootstrap over the images; it leaves out the variance between seeds.
 """
 
 Models = Mapping[str, nn.Module]  # task → the model that serves it
@@ -105,6 +105,11 @@ def variants(pretrained: Dinov2Model, experts: Mapping[str, Dinov2Model]) -> dic
     }
 
 
+def folders_of(root: Path, seed: int, tasks: tuple[str, ...]) -> dict[str, Path]:
+    """Task → folder of its expert with a seed."""
+    return {task: root / "experts" / "dinov2" / str(seed) / task for task in tasks}
+
+
 def measure(root: Path, tasks: tuple[str, ...]) -> tuple[float, pd.DataFrame]:
     """The accuracy of the individual models, in percent, and the retention of every variant with its interval.
 
@@ -116,8 +121,9 @@ def measure(root: Path, tasks: tuple[str, ...]) -> tuple[float, pd.DataFrame]:
     individual: list[Outcomes] = []
     correct: dict[str, list[Outcomes]] = {}
     ratios: dict[str, float] = {}
-    for seed in SEEDS:
-        folders = {task: root / "experts" / "dinov2" / str(seed) / task for task in tasks}
+    seeds = [seed for seed in SEEDS if all(folder.exists() for folder in folders_of(root, seed, tasks).values())]
+    for seed in seeds:
+        folders = folders_of(root, seed, tasks)
         experts = {task: Dinov2Model.from_pretrained(folder).eval() for task, folder in folders.items()}
         individual.append({task: outcomes(expert, task) for task, expert in experts.items()})
         for name, build in variants(pretrained, experts).items():
@@ -127,17 +133,19 @@ def measure(root: Path, tasks: tuple[str, ...]) -> tuple[float, pd.DataFrame]:
             log.info(
                 "%d tasks, seed %d, %s: %.1f", len(tasks), seed, name, retention(correct[name][-1], individual[-1])
             )
-    rows = [_row(name, ratios[name], each, individual) for name, each in correct.items()]
+    rows = [_row(name, ratios[name], each, individual, seeds) for name, each in correct.items()]
     accuracy = np.mean([[v.mean() for v in each.values()] for each in individual])
     return 100 * float(accuracy), pd.DataFrame(rows)
 
 
-def _row(name: str, ratio: float, correct: list[Outcomes], individual: list[Outcomes]) -> dict[str, object]:
-    seeds = [retention(*pair) for pair in zip(correct, individual, strict=True)]
+def _row(
+    name: str, ratio: float, correct: list[Outcomes], individual: list[Outcomes], seeds: list[int]
+) -> dict[str, object]:
+    kept = [retention(*pair) for pair in zip(correct, individual, strict=True)]
     low, high = interval(correct, individual)
-    values = {f"seed {seed}": f"{value:.1f}" for seed, value in zip(SEEDS, seeds, strict=True)}
+    values = {f"seed {seed}": f"{value:.1f}" for seed, value in zip(seeds, kept, strict=True)}
     parameters = "" if name.startswith("oracle") else f"{ratio:.2f}×"
-    return {"routing, gate_k/k": name, "parameters": parameters, "retention": f"{np.mean(seeds):.1f}",
+    return {"routing, gate_k/k": name, "parameters": parameters, "retention": f"{np.mean(kept):.1f}",
             "95 % interval": f"{low:.1f} – {high:.1f}", **values}  # fmt: skip
 
 

@@ -97,12 +97,13 @@ def load_inputs(task: str, split: Split = "train") -> Dataset:
     Raises:
         SmileError: for an unknown task or split.
     """
-    from datasets import Dataset
+    from datasets import Array3D, Dataset, Features
 
-    from smile_zoo.dinov2.task_pool import to_pixels
+    from smile_zoo.dinov2.task_pool import SIZE, to_pixels
 
     pixels = to_pixels(load_images(task, split)["image"])
-    return Dataset.from_dict({"pixel_values": pixels.numpy()}).with_format("torch")
+    features = Features({"pixel_values": Array3D(shape=(3, SIZE, SIZE), dtype="float32")})
+    return Dataset.from_dict({"pixel_values": list(pixels.numpy())}, features=features).with_format("torch")
 
 
 def expert_folder(task: str) -> Path:
