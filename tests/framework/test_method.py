@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import clip_inputs, clip_tower, experts_of, mlp, mlp_inputs, output, t5
+from datasets import Dataset
 from fusion_bench.compat.taskpool.flan_t5_glue_text_generation import FlanT5GLUETextGenerationTaskPool
 from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.taskpool import CLIPVisionModelTaskPool, DummyTaskPool
@@ -107,12 +109,18 @@ def data_set(**columns: list) -> dict[str, object]:
     return {"_target_": "datasets.Dataset.from_dict", "_convert_": "all", "mapping": columns}
 
 
+def stored_set(file: Path, pixels: torch.Tensor) -> dict[str, object]:
+    """The configuration of a data set in a file: OmegaConf takes half a minute for as many numbers."""
+    Dataset.from_dict({"pixel_values": pixels.tolist(), "label": [0] * len(pixels)}).to_parquet(file)
+    return {"_target_": "datasets.Dataset.from_parquet", "path_or_paths": str(file), "keep_in_memory": True}
+
+
 def test_calibrates_with_the_pools_training_sets(tmp_path, caplog):
     base = clip_tower()
     models = {"_pretrained_": base, **dict(zip("ab", experts_of(base, 2), strict=True))}
     options = {"gate_k": 2, "k": 4, "routing_scope": "two_pass", "param_ratio": 1.9}
     images = {name: torch.randn(9, 3, 28, 28) + number for number, name in enumerate("ab")}
-    sets = {name: data_set(pixel_values=pixels.tolist(), label=[0] * 9) for name, pixels in images.items()}
+    sets = {name: stored_set(tmp_path / f"{name}.parquet", pixels) for name, pixels in images.items()}
     pool = BaseModelPool(models, train_datasets=sets)
     result = SmileUpscalingAlgorithm(**options, calibration=6, model_path=str(tmp_path / "model")).run(pool)
     expected = upscale(base, {name: models[name] for name in "ab"}, calibration=6, **options)
