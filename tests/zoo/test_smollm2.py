@@ -138,6 +138,7 @@ def test_an_expert_is_better_on_its_task(task, kind, pretrained, tokenizer):
 
 @needs_model
 def test_answers_do_not_depend_on_the_batch(pretrained, tokenizer):
+    pytest.importorskip("sacrebleu")
     dataset = load_examples("lemmas").select(range(8))
     tasks = {"lemmas": {"dataset": dataset, "metric": "chrf"}}
     together, alone = (
@@ -150,10 +151,11 @@ def test_answers_do_not_depend_on_the_batch(pretrained, tokenizer):
 def test_scores():
     answers = [("plant", "plant"), ("plants", "plant"), ("", "act"), ("act", "act")]
     assert score("exact_match", answers, "some") == 0.5
-    assert 0.5 < score("chrf", answers, "some") < 1
-    assert score("chrf", [("sami de Kildin", "sami de Kildin")], "some") == 1
     with pytest.raises(SmileError, match="some has no metric 'bleu'; the metrics are exact_match, chrf"):
         score("bleu", answers, "some")
+    pytest.importorskip("sacrebleu")
+    assert 0.5 < score("chrf", answers, "some") < 1
+    assert score("chrf", [("sami de Kildin", "sami de Kildin")], "some") == 1
 
 
 def test_a_task_pool_says_what_is_wrong():
