@@ -88,4 +88,4 @@ def test_the_comparison_runs_every_row_of_every_set(benchmark):
         experiment = f"+experiment={benchmark.experiments}/{expert_set}"
         assert all(command[:3] == ["fusion_bench", "-m", experiment] for command in commands)
         assert commands[0][3] == f"+smile_row={','.join(benchmark.rows)}"
-    assert {"individual", "task_arithmetic", "ties_merging"} <= set(benchmark.rows)
+    assert {"individual", "task_arithmetic"} <= set(benchmark.rows)
