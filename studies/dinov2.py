@@ -1,6 +1,6 @@
 """SMILE on the DINOv2 benchmark, with experts of up to three seeds in full rank, on eight and on fourteen tasks.
 
-python -m studies.dinov2 FOLDER docs/dinov2_results.md   # FOLDER: of recipes.images.seeds FOLDER --benchmark dinov2
+python -m studies.dinov2 FOLDER docs/dinov2_results.md eight   # experts of recipes.images.seeds FOLDER
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ TWO_PASS: dict[str, Any] = {
     "top_k": 2,
     "expert_parameters": "norms",
 }
-TASK_SETS = {"eight tasks": EIGHT_TASKS, "fourteen tasks": TASKS}
+TASK_SETS = {"eight": EIGHT_TASKS, "fourteen": TASKS}
 
 HEADER = f"""# Measurements of the DINOv2 benchmark
 
-Written by `python -m studies.dinov2 FOLDER docs/dinov2_results.md`: the first {IMAGES} test images of each task,
+Written by `python -m studies.dinov2 FOLDER docs/dinov2_results.md SET …`: the first {IMAGES} test images of each task,
 experts in full rank of the seeds of fine-tuning in the last columns, retention in percent. The interval is a paired
 bootstrap over the images; it leaves out the variance between seeds.
 """
@@ -149,13 +149,13 @@ def _row(
             "95 % interval": f"{low:.1f} – {high:.1f}", **values}  # fmt: skip
 
 
-def report(root: Path) -> str:
-    """All measurements as Markdown."""
+def report(root: Path, task_sets: list[str]) -> str:
+    """The measurements of some sets of tasks as Markdown."""
     lines = [HEADER]
-    for title, tasks in TASK_SETS.items():
-        accuracy, table = measure(root, tasks)
+    for name in task_sets:
+        accuracy, table = measure(root, TASK_SETS[name])
         individual = f"Accuracy of the individual models, mean over tasks and seeds: {accuracy:.1f} %."
-        lines += [f"## {title.capitalize()}", "", individual, "", markdown_table(table), ""]
+        lines += [f"## {name.capitalize()} tasks", "", individual, "", markdown_table(table), ""]
     return "\n".join(lines)
 
 
@@ -164,9 +164,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="working folder of the recipe")
     parser.add_argument("file", type=Path, help="file of the report, in Markdown")
+    parser.add_argument("task_sets", nargs="+", choices=TASK_SETS, help="sets of tasks that are upscaled together")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    write_atomically(arguments.file, report(arguments.folder))
+    write_atomically(arguments.file, report(arguments.folder, arguments.task_sets))
     print(arguments.file)
 
 
