@@ -122,6 +122,7 @@ def same_run(report: RunReport, other: RunReport) -> None:
     assert (report.parameters, report.average) == (other.parameters, other.average)
 
 
+@pytest.mark.exhaustive
 def test_forks_do_what_real_processes_do(grid, tmp_path):
     """A sweep, its job, and the second process that Fabric launches for it: each starts its own interpreter."""
     sweep = [*grid, "method.gate_k=4", "method.k=8", *TWO_PROCESSES]

@@ -36,7 +36,7 @@ def test_every_variant_in_small(monkeypatch):
     pretrained = load_pretrained().eval()
     experts = {task: load_expert(task).eval() for task in ("digits", "planets")}
     rows = dinov2.variants(pretrained, experts)
-    for name in ("token (the paper), 8/8", "calibrated by 64, 16/32", "oracle routing, k=8"):
+    for name in ("calibrated by 64, 16/32", "oracle routing, k=8"):
         models = rows[name]()
         assert {task: dinov2.outcomes(model, task).shape for task, model in models.items()} == {
             "digits": (5,), "planets": (5,),

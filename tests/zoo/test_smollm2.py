@@ -206,6 +206,7 @@ def test_one_process_and_two_give_the_same_report(tmp_path):
 @needs_model
 @pytest.mark.slow
 @pytest.mark.cli
+@pytest.mark.exhaustive
 def test_lm_eval_counts_as_the_task_pool_does(tmp_path, tokenizer):
     pytest.importorskip("lm_eval")
     load_examples("lemmas").select(range(8)).to_parquet(tmp_path / "few.parquet")
@@ -228,6 +229,7 @@ def test_lm_eval_counts_as_the_task_pool_does(tmp_path, tokenizer):
 
 
 @pytest.mark.cli
+@pytest.mark.exhaustive
 def test_a_missing_package_ends_in_one_line(tmp_path, monkeypatch):
     pools = ["method=dummy", "modelpool=SmileSmolLM2/full", "taskpool=SmileSmolLM2/full"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))

@@ -42,7 +42,7 @@ class Benchmark:
         expert_sets: sets of experts, each compared on its own.
         default_sets: those that a comparison runs by default.
         rows: configurations of the group ``smile_row`` without ranks.
-        smile_rows: those of SMILE, each with further overrides, in Hydra's sweep syntax.
+        sweeps: further configurations, each with further overrides, in Hydra's sweep syntax; they run concurrently.
         overrides: of all jobs.
     """
 
@@ -51,14 +51,14 @@ class Benchmark:
     expert_sets: tuple[str, ...]
     default_sets: tuple[str, ...]
     rows: tuple[str, ...]
-    smile_rows: tuple[tuple[str, ...], ...]
+    sweeps: tuple[tuple[str, ...], ...]
     overrides: tuple[str, ...] = ()
 
     def commands(self, expert_set: str) -> list[list[str]]:
         """The framework's commands of one comparison; each is a sweep that runs its jobs one after the other."""
         common = ["fusion_bench", "-m", f"+experiment={self.experiments}/{expert_set}"]
-        sweeps = ((",".join(self.rows),), *self.smile_rows)
-        return [[*common, f"+smile_row={rows}", *overrides, *self.overrides] for rows, *overrides in sweeps]
+        all_sweeps = ((",".join(self.rows),), *self.sweeps)
+        return [[*common, f"+smile_row={rows}", *overrides, *self.overrides] for rows, *overrides in all_sweeps]
 
     def num_jobs(self, expert_set: str) -> int:
         """The number of jobs of these commands: the product of the lengths of the lists that each sweeps over."""
@@ -72,8 +72,9 @@ def ranks(gate_k: str, k: str, *overrides: str) -> tuple[str, ...]:
 
 DINOV2 = Benchmark(
     "DINOv2-small*", "smile_dinov2", ("eight", "fourteen"), ("eight",),
-    (*MERGED, "backbone_regmean", "backbone_adamerging"),
-    (("smile_framework,smile", *ranks("16", "32")), ("smile", *ranks("16", "32", "method.storage=int8"))),
+    MERGED,
+    (("backbone_regmean,backbone_adamerging",), ("smile_framework,smile", *ranks("16", "32")),
+     ("smile", *ranks("16", "32", "method.storage=int8"))),
     ("taskpool.max_samples=200",),
 )  # fmt: skip
 EMBEDDED = Benchmark(
