@@ -103,6 +103,9 @@ ON_TWO_PROCESSES = [
 ]
 
 
+REPEATED_SAMPLES = ("gpt-2",)  # the framework's task pool repeats samples if processes cannot get equal numbers
+
+
 def run_sweep(sweep: str, pools: list[str], hub: Cache, *arguments: str) -> Path:
     """The folder with a folder for each model pool, of a sweep that one worker runs."""
 
@@ -154,11 +157,14 @@ def test_pool_on_two_processes(sweep, pool, hub, record_property):
     two = run_sweep(sweep, [pool], hub, "fabric.devices=2", "fabric.strategy=ddp") / pool
     record_property("pool", pool)
     scores = [{name: task.score for name, task in completed_report(each).tasks.items()} for each in (one, two)]
-    assert scores[0] == scores[1]
+    if sweep in REPEATED_SAMPLES:
+        assert scores[0].keys() == scores[1].keys()
+    else:
+        assert scores[0] == scores[1]
     expected, found = load_tensors(one / "model"), load_tensors(two / "model")
     assert expected.keys() == found.keys()
     assert [name for name in expected if not is_equal(expected[name], found[name])] == []
-    record_property("two processes", "yes")
+    record_property("two processes", "the model" if sweep in REPEATED_SAMPLES else "yes")
 
 
 def completed_report(folder: Path) -> RunReport:
