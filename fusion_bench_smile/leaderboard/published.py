@@ -47,12 +47,9 @@ def projection_merging(modelpool: str, tasks: Collection[str]) -> pd.DataFrame:
 
     The rows are those of `analysis.ZONES`, with the pretrained and the fine-tuned models; empty for other model pools.
     """
-    for name, benchmark in sources()["benchmarks"].items():
-        file = FOLDER / f"projection_merging_{name}.csv"
-        if file.exists() and any(fnmatch(modelpool, pattern) for pattern in benchmark["modelpools"]):
-            table = pd.read_csv(file, index_col="model")
-            return table if set(table.columns) == {*tasks, "average"} else pd.DataFrame()
-    return pd.DataFrame()
+    file = FOLDER / f"projection_merging_{_benchmark_of(modelpool)}.csv"
+    table = pd.read_csv(file, index_col="model") if file.exists() else pd.DataFrame()
+    return table if set(table.columns) == {*tasks, "average"} else pd.DataFrame()
 
 
 def _load_smile(name: str, benchmark: dict[str, Any]) -> pd.DataFrame:
@@ -76,8 +73,12 @@ def _label(gate_k: int, k: int, top_k: int) -> str:
 
 def published_for(modelpool: str, tasks: Collection[str]) -> Published | None:
     """The published results for a model pool's configuration; None unless they have exactly these tasks."""
-    for name, benchmark in sources()["benchmarks"].items():
-        if any(fnmatch(modelpool, pattern) for pattern in benchmark["modelpools"]):
-            results = load(name)
-            return results if set(results.table.columns) == {*tasks, "average"} else None
-    return None
+    name = _benchmark_of(modelpool)
+    results = None if name is None else load(name)
+    return results if results and set(results.table.columns) == {*tasks, "average"} else None
+
+
+def _benchmark_of(modelpool: str) -> str | None:
+    """The first benchmark that has a model pool's configuration; None without one."""
+    benchmarks = sources()["benchmarks"].items()
+    return next((n for n, each in benchmarks if any(fnmatch(modelpool, p) for p in each["modelpools"])), None)

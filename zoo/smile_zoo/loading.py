@@ -37,6 +37,19 @@ def read_table(file: Path) -> Dataset:
     return Dataset(pq.read_table(file))
 
 
+def check_columns(task: str, dataset: Dataset, *columns: str) -> None:
+    """Validate the data set of a task.
+
+    Raises:
+        SmileError: if a column is missing, or the data set is empty.
+    """
+    missing = set(columns) - set(dataset.column_names)
+    if missing:
+        raise SmileError(f"the data set of {task} has no column {sorted(missing)[0]!r}")
+    if not len(dataset):
+        raise SmileError(f"the data set of {task} is empty")
+
+
 def with_adapter(pretrained: Model, folder: Path) -> Model:
     """Merge an adapter into a model, in place.
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from fusion_bench_smile.exceptions import SmileError
 from fusion_bench_smile.framework.task_pools import evaluate_in_batches, instantiate_config, model_info
 from smile_zoo.heads import Head, load_head
+from smile_zoo.loading import check_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -114,12 +115,8 @@ class ImageClassificationTaskPool(LightningFabricMixin, BaseTaskPool):
 
 def _labels(task: str, dataset: Dataset, classes: int) -> list[int]:
     """The labels of a data set. Raises SmileError if it is empty, lacks a column, or the head lacks a class."""
-    missing = {"image", "label"} - set(dataset.column_names)
-    if missing:
-        raise SmileError(f"the data set of {task} has no column {sorted(missing)[0]!r}")
+    check_columns(task, dataset, "image", "label")
     labels = list(dataset["label"])
-    if not labels:
-        raise SmileError(f"the data set of {task} is empty")
     if max(labels) >= classes:
         raise SmileError(f"{task}: the head has {classes} classes, a label is {max(labels)}")
     return labels

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fusion_bench_smile.exceptions import SmileError
 from fusion_bench_smile.framework.task_pools import evaluate_in_batches, instantiate_config, load_tokenizer, model_info
+from smile_zoo.loading import check_columns
 
 log = logging.getLogger(__name__)
 
@@ -116,11 +117,7 @@ def prompt_examples(task: str, dataset: Dataset) -> list[tuple[str, str]]:
     Raises:
         SmileError: if the data set is empty or a column is missing.
     """
-    missing = {"prompt", "answer"} - set(dataset.column_names)
-    if missing:
-        raise SmileError(f"the data set of {task} has no column {sorted(missing)[0]!r}")
-    if not len(dataset):
-        raise SmileError(f"the data set of {task} is empty")
+    check_columns(task, dataset, "prompt", "answer")
     return list(zip(dataset["prompt"], dataset["answer"], strict=True))
 
 

@@ -19,6 +19,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from fusion_bench_smile.exceptions import SmileError
 from fusion_bench_smile.framework.task_pools import evaluate_in_batches, instantiate_config, load_tokenizer, model_info
 from smile_zoo.heads import Head, load_head
+from smile_zoo.loading import check_columns
 
 log = logging.getLogger(__name__)
 
@@ -139,11 +140,7 @@ def text_examples(task: str, dataset: Dataset) -> tuple[list[Text], list[int]]:
     Raises:
         SmileError: if the data set is empty or a column is missing.
     """
-    missing = {"text", "label"} - set(dataset.column_names)
-    if missing:
-        raise SmileError(f"the data set of {task} has no column {sorted(missing)[0]!r}")
-    if not len(dataset):
-        raise SmileError(f"the data set of {task} is empty")
+    check_columns(task, dataset, "text", "label")
     texts = list(dataset["text"])
     pairs = list(zip(texts, dataset["pair"], strict=True)) if "pair" in dataset.column_names else texts
     return pairs, list(dataset["label"])
