@@ -22,8 +22,8 @@ SCOPES = {
     "token": {},
     "sequence": {"routing_scope": "sequence"},
     "global": {"routing_scope": "global"},
-    "two_pass": {"routing_scope": "two_pass"},
-    "two_pass, merged": {"routing_scope": "two_pass", "execution": "merged"},
+    "input": {"routing_scope": "input"},
+    "input, merged": {"routing_scope": "input", "execution": "merged"},
 }
 
 
@@ -47,7 +47,7 @@ def main() -> None:
         pixels = torch.randn(count, 3, 224, 224, device=device, dtype=dtype)
         seconds = interleaved({n: partial(m, pixels) for n, m in models.items()}, device, options.seconds)
         ratios = [f"{seconds[scope] / seconds['plain']:.2f}×" for scope in SCOPES]
-        used = int((choose_experts(models["two_pass"], pixel_values=pixels) > 0).any(dim=0).sum())
+        used = int((choose_experts(models["input"], pixel_values=pixels) > 0).any(dim=0).sum())
         print(f"| {count} | {used} | {seconds['plain'] * 1e3:.1f} | {' | '.join(ratios)} |", flush=True)
 
 

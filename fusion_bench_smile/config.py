@@ -13,11 +13,8 @@ import torch
 from .exceptions import ConfigError
 
 Execution = Literal["auto", "grouped", "masked", "merged"]
-RoutingScope = Literal["token", "sequence", "global", "two_pass"]
-RoutingScore = Literal["norm", "weighted", "relative", "dual", "output"]
-ExpertParameters = Literal["layers", "norms", "all"]
-Allocation = Literal["uniform", "energy", "gain"]
-Storage = Literal["same", "int8"]
+RoutingScope = Literal["token", "input"]
+Storage = Literal["same", "int8", "int4"]
 
 # the framework's methods for language models (`SmileMistralUpscalingAlgorithm`, …) have other names for these options
 FRAMEWORK_NAMES = {
@@ -30,7 +27,14 @@ FRAMEWORK_ONLY = {
     "model_type": "layers of every architecture are upscaled",
     "model_dtype": "the result has the dtype of the pretrained model, e.g. modelpool.model_kwargs.torch_dtype=bfloat16",
 }
-NEEDS_TWO_PASS: dict[str, Any] = {"noise_baseline": False, "expert_parameters": "layers", "refuse_unknown": False}
+# options of earlier versions, and what they became
+REMOVED = {
+    "routing_score": "token routing scores by norm, the paper's, and routing_scope=input by the share of energy",
+    "noise_baseline": "no benchmark gained by it",
+    "expert_parameters": "norms and embeddings are the pretrained model's; average_experts=true averages them",
+    "allocation": "directions with the most energy for a parameter come first",
+}
+REMOVED_SCOPES = ("two_pass", "global", "sequence")  # one choice of experts for an input, which ``input`` makes
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class SmileConfig:
     """Options of SMILE upscaling (arXiv 2408.10174, section 4). The names are the framework's.
 
     Attributes:
-        gate_k: Rank of the router: the number of leading right singular vectors of a delta that score its expert.
+        gate_k: Rank of the router: the number of leading right singular vectors of a delta that score its expert. None
+            is the rank k of the experts, whose rows the router shares: it needs no parameters of its own.
         k: Rank of the experts. −1 keeps the deltas dense.
         top_k: Number of experts that serve each token, from 1 to the number of experts.
         routing_use_diff: Route on the deltas Wᵢ − W₀ (True) or on the fine-tuned weights Wᵢ (False).
@@ -47,23 +52,17 @@ class SmileConfig:
         target_modules: The layers to upscale, as in PEFT: ends of names (``"q_proj"``), regular expressions, or
             ``"all-linear"``; also patterns with wildcards. None selects all of them, the output head included.
         exclude_modules: Layers that stay as pretrained, in the same form.
-        execution: How a routed layer is computed: ``"auto"``, ``"grouped"``, ``"masked"`` or, with ``two_pass`` and
-            ``top_k=1``, ``"merged"``. See `fusion_bench_smile.nn.execution`.
-        routing_scope: What shares one choice of experts: each ``"token"`` of each layer (the paper), each input in each
-            layer (``"sequence"``), each input in each layer by the scores of all layers so far (``"global"``), or each
-            input in all layers, after a first pass of the pretrained model (``"two_pass"``).
-            See `fusion_bench_smile.nn.input_router`.
-        routing_score: The router's score: ``"norm"`` (the paper), ``"weighted"``, ``"relative"``, ``"dual"`` or
-            ``"output"``. See `fusion_bench_smile.nn.scoring`.
-        noise_baseline: Standardise each expert's score by its mean and deviation on random inputs. Needs ``two_pass``.
-        expert_parameters: The parameters of an expert that are used: those of its ``"layers"``, its ``"norms"`` too, or
-            ``"all"``, embeddings included. The last two need ``two_pass``.
+        execution: How a routed layer is computed: ``"auto"``, ``"grouped"``, ``"masked"`` or, with
+            ``routing_scope="input"`` and ``top_k=1``, ``"merged"``. See `fusion_bench_smile.nn.execution`.
+        routing_scope: What shares one choice of experts: each ``"token"`` of each layer (the paper), or each
+            ``"input"`` in all layers, by a first pass of the pretrained model. See
+            `fusion_bench_smile.nn.input_router`.
         refuse_unknown: Serve inputs that are far from all calibrated tasks with the pretrained model. Needs
-            ``two_pass`` and `calibrate`.
+            ``routing_scope="input"`` and `calibrate`.
         param_ratio: Upper bound of the parameter ratio. Ranks up to k are allocated within it. None takes k everywhere.
-        allocation: How `param_ratio` is spent on ranks: ``"uniform"``, ``"energy"`` or ``"gain"``.
-            See `fusion_bench_smile.construction.rank_allocation`.
-        storage: Storage of the factors: the ``"same"`` dtype as the model, or ``"int8"``.
+        byte_ratio: Upper bound of the ratio of stored bytes, in the same way; at most one of both is given.
+        storage: Storage of the factors: the ``"same"`` dtype as the model, ``"int8"`` or ``"int4"``.
+            See `fusion_bench_smile.nn.quantization`.
         device: Device of the factorization: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, …
         upscaling_accelerator: The same under the framework's second name. It takes precedence over `device`.
         full_matrices: Accepted as by the framework's SMILE. The result does not depend on it.
@@ -72,7 +71,7 @@ class SmileConfig:
         ConfigError: A value has the wrong type, lies outside its range, or contradicts another option.
     """
 
-    gate_k: int = 16
+    gate_k: int | None = 16
     k: int = 32
     top_k: int = 1
     routing_use_diff: bool = True
@@ -82,12 +81,9 @@ class SmileConfig:
     exclude_modules: tuple[str, ...] = field(default=())
     execution: Execution = "auto"
     routing_scope: RoutingScope = "token"
-    routing_score: RoutingScore = "norm"
-    noise_baseline: bool = False
-    expert_parameters: ExpertParameters = "layers"
     refuse_unknown: bool = False
     param_ratio: float | None = None
-    allocation: Allocation = "uniform"
+    byte_ratio: float | None = None
     storage: Storage = "same"
     device: str = "auto"
     upscaling_accelerator: str | None = None
@@ -107,7 +103,10 @@ class SmileConfig:
     def _check_types(self) -> None:
         for name, hint in get_type_hints(SmileConfig).items():
             value, choices = getattr(self, name), get_args(hint)
-            if hint is int and (isinstance(value, bool) or not isinstance(value, int)):
+            is_rank = name == "gate_k" and value is not None
+            if name == "routing_scope" and value in REMOVED_SCOPES:
+                raise ConfigError(f"{name}={value} is now {name}=input, one choice of experts for each input")
+            if (hint is int or is_rank) and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ConfigError(f"{name}={value!r} is not an integer")
             if hint is bool and not isinstance(value, bool):
                 raise ConfigError(f"{name}={value!r} is not true or false")
@@ -115,41 +114,48 @@ class SmileConfig:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}")
 
     def _check_ranges(self) -> None:
-        if self.gate_k < 1:
+        if self.gate_k is not None and self.gate_k < 1:
             raise ConfigError(f"gate_k={self.gate_k}: the router needs a rank of at least 1")
         if self.k < 1 and self.k != -1:
             raise ConfigError(f"k={self.k}: an expert needs a rank of at least 1, or −1 to stay dense")
+        if self.gate_k is None and self.k == -1:
+            raise ConfigError("gate_k=null is the rank k of the experts, and k=-1 keeps them dense: set gate_k")
         if self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k}: at least 1 expert must serve each token")
 
     def _check_combinations(self) -> None:
-        for name, default in NEEDS_TWO_PASS.items():
-            if getattr(self, name) != default and self.routing_scope != "two_pass":
-                raise ConfigError(
-                    f"{name}={getattr(self, name)} needs routing_scope=two_pass, which chooses the experts before the "
-                    f"first layer runs; routing_scope is {self.routing_scope}"
-                )
-        if self.execution == "merged" and (self.routing_scope != "two_pass" or self.top_k != 1):
+        if self.refuse_unknown and self.routing_scope != "input":
+            raise ConfigError("refuse_unknown=true needs routing_scope=input, which compares whole inputs")
+        if self.execution == "merged" and (self.routing_scope != "input" or self.top_k != 1):
             raise ConfigError(
-                f"execution=merged needs routing_scope=two_pass and top_k=1, one expert for a whole input; they are "
+                f"execution=merged needs routing_scope=input and top_k=1, one expert for a whole input; they are "
                 f"{self.routing_scope} and {self.top_k}: use execution=auto"
-            )
-        if self.average_experts and self.expert_parameters != "layers":
-            raise ConfigError(
-                f"average_experts=true and expert_parameters={self.expert_parameters} exclude each other: norms are "
-                "either averaged or kept for each expert"
             )
 
     def _check_budget(self) -> None:
-        if self.param_ratio is None:
-            return
-        number = isinstance(self.param_ratio, (int, float)) and not isinstance(self.param_ratio, bool)
-        if not number or not 1 < self.param_ratio < math.inf:
-            raise ConfigError(f"param_ratio={self.param_ratio!r} is not a number above 1, or null to take k everywhere")
-        if self.k == -1:
-            raise ConfigError("param_ratio allocates ranks up to k; k=-1 keeps experts dense and has no ranks")
-        if self.gate_k > self.k and self.routing_use_diff:
-            raise ConfigError(f"gate_k={self.gate_k} is above k={self.k}, the largest rank that param_ratio allocates")
+        budgets = {n: v for n in ("param_ratio", "byte_ratio") if (v := getattr(self, n)) is not None}
+        if len(budgets) > 1:
+            raise ConfigError("param_ratio and byte_ratio are two budgets of one model: set one of them")
+        for name, value in budgets.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 1 < value < math.inf:
+                raise ConfigError(f"{name}={value!r} is not a number above 1, or null to take k everywhere")
+            if self.k == -1:
+                raise ConfigError(f"{name} allocates ranks up to k; k=-1 keeps experts dense and has no ranks")
+            if self.gate_k is None and self.routing_use_diff:
+                raise ConfigError(f"{name} needs a gate_k: it allocates ranks from gate_k to k, and gate_k=null is k")
+            if self.router_rank > self.k and self.routing_use_diff:
+                raise ConfigError(f"gate_k={self.gate_k} is above k={self.k}, the largest rank that {name} allocates")
+
+    @property
+    def router_rank(self) -> int:
+        """The rank of the router: `gate_k`, or k where that is None."""
+        return self.k if self.gate_k is None else self.gate_k
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether ranks are allocated within a budget."""
+        return self.param_ratio is not None or self.byte_ratio is not None
 
     @property
     def compute_device(self) -> torch.device:
@@ -182,8 +188,14 @@ class SmileConfig:
 
     @classmethod
     def from_checkpoint(cls, options: Mapping[str, Any]) -> SmileConfig:
-        """Build a config from a checkpoint's options, without the device of the machine that wrote it."""
-        return cls.from_dict({**options, "device": "auto", "upscaling_accelerator": None})
+        """Build a config from a checkpoint's options, without the device of the machine that wrote it.
+
+        Options of earlier versions are left out, and their routing scopes of whole inputs are read as ``input``.
+        """
+        current = {name: value for name, value in options.items() if name not in REMOVED}
+        if current.get("routing_scope") in REMOVED_SCOPES:
+            current["routing_scope"] = "input"
+        return cls.from_dict({**current, "device": "auto", "upscaling_accelerator": None})
 
     @classmethod
     def resolve(cls, config: SmileConfig | None, options: Mapping[str, Any]) -> SmileConfig:
@@ -219,6 +231,8 @@ def check_keys(options: Mapping[str, Any], valid: list[str]) -> None:
     unknown = [key for key in options if key not in valid]
     if not unknown:
         return
+    if removed := [key for key in unknown if key in REMOVED]:
+        raise ConfigError(f"the option {removed[0]} was removed: {REMOVED[removed[0]]}")
     hints = []
     for key in unknown:
         near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
 from fusion_bench_smile import ConfigError, SmileConfig
-from fusion_bench_smile.config import check_keys
+from fusion_bench_smile.config import REMOVED, check_keys
 
 BAD_OPTIONS = [
     ({"k": 0}, "k=0"),
@@ -21,23 +22,24 @@ BAD_OPTIONS = [
     ({"device": "gpu"}, "device='gpu' is not a device"),
     ({"device": "cuda:77"}, "use device=auto"),
     ({"average_experts": "yes"}, "average_experts='yes' is not true or false"),
-    ({"routing_scope": "tokens"}, "routing_scope='tokens' is not one of token, sequence, global, two_pass"),
-    ({"routing_score": "best"}, "routing_score='best'"),
+    ({"routing_scope": "tokens"}, "routing_scope='tokens' is not one of token, input"),
+    ({"routing_scope": None}, "routing_scope=None is not one of token, input"),
     ({"execution": "fast"}, "execution='fast' is not one of auto, grouped, masked, merged"),
-    ({"expert_parameters": "norms"}, "needs routing_scope=two_pass"),
-    ({"noise_baseline": True, "routing_scope": "global"}, "needs routing_scope=two_pass"),
-    ({"refuse_unknown": True}, "needs routing_scope=two_pass"),
-    ({"execution": "merged"}, "needs routing_scope=two_pass and top_k=1"),
-    ({"execution": "merged", "routing_scope": "two_pass", "top_k": 2}, "top_k=1"),
-    ({"noise_baseline": "yes"}, "not true or false"),
-    ({"expert_parameters": "norms", "average_experts": True, "routing_scope": "two_pass"}, "exclude each other"),
+    ({"refuse_unknown": True}, "refuse_unknown=true needs routing_scope=input"),
+    ({"execution": "merged"}, "needs routing_scope=input and top_k=1"),
+    ({"execution": "merged", "routing_scope": "input", "top_k": 2}, "top_k=1"),
+    ({"gate_k": None, "k": -1}, "gate_k=null is the rank k of the experts, and k=-1 keeps them dense: set gate_k"),
+    ({"gate_k": False}, "gate_k=False is not an integer"),
+    ({"gate_k": "4"}, "gate_k='4' is not an integer"),
     ({"param_ratio": 1.0}, "above 1"),
     ({"param_ratio": float("nan")}, "above 1"),
     ({"param_ratio": "1.5"}, "above 1"),
     ({"param_ratio": 1.5, "k": -1}, "k=-1"),
     ({"param_ratio": 1.5, "gate_k": 16, "k": 8}, "above k=8"),
-    ({"allocation": "best"}, "allocation='best'"),
-    ({"storage": "int4"}, "storage='int4'"),
+    ({"param_ratio": 1.5, "gate_k": None}, "param_ratio needs a gate_k"),
+    ({"byte_ratio": True}, "byte_ratio=True is not a number above 1"),
+    ({"byte_ratio": 1.5, "param_ratio": 1.5}, "param_ratio and byte_ratio are two budgets of one model"),
+    ({"storage": "int2"}, "storage='int2' is not one of same, int8, int4"),
 ]
 
 
@@ -47,6 +49,28 @@ def test_bad_options_are_named(options, message):
         SmileConfig.from_dict({"gate_k": 2, "k": 4, **options})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["routing_score", "noise_baseline", "expert_parameters", "allocation"])
+def test_a_removed_option_says_what_became_of_it(option):
+    with pytest.raises(ConfigError, match=f"^the option {option} was removed: {re.escape(REMOVED[option])}$"):
+        SmileConfig.from_dict({option: "x", "k": 4})
+    assert SmileConfig.from_checkpoint({option: "x", "k": 4}) == SmileConfig(k=4)
+
+
+@pytest.mark.parametrize("scope", ["two_pass", "global", "sequence"])
+def test_a_removed_scope_names_its_successor(scope):
+    message = f"^routing_scope={scope} is now routing_scope=input, one choice of experts for each input$"
+    for make in (SmileConfig.from_dict, lambda options: SmileConfig(**options)):
+        with pytest.raises(ConfigError, match=message):
+            make({"routing_scope": scope})
+    assert SmileConfig.from_checkpoint({"routing_scope": scope}) == SmileConfig(routing_scope="input")
+
+
+def test_the_rank_of_the_router_is_that_of_the_experts_if_it_is_none():
+    assert (SmileConfig(gate_k=None, k=4).router_rank, SmileConfig(gate_k=2, k=4).router_rank) == (4, 2)
+    assert SmileConfig.from_dict(SmileConfig(gate_k=None).to_dict()) == SmileConfig(gate_k=None)
+    assert SmileConfig(gate_k=None, byte_ratio=1.5, routing_use_diff=False).has_budget  # the router has rows of its own
 
 
 def test_json_values_and_back():
@@ -62,7 +86,7 @@ def test_the_defaults_are_the_frameworks():
     config = SmileConfig()
     assert (config.gate_k, config.k, config.top_k) == (16, 32, 1)
     assert (config.routing_use_diff, config.average_experts, config.full_matrices) == (True, False, False)
-    assert (config.routing_scope, config.routing_score, config.execution) == ("token", "norm", "auto")
+    assert (config.routing_scope, config.execution, config.storage) == ("token", "auto", "same")
 
 
 def test_the_second_name_of_the_device_takes_precedence():

@@ -2,7 +2,7 @@
 
 from ..io import tensor_digest
 from .assemble import set_routing
-from .calibration import BATCH_SIZE, NUM_INPUTS, calibrate, check_calibration, measure_baseline, random_inputs
+from .calibration import calibrate, check_calibration
 from .edit import add_expert, remove_expert
 from .factor_cache import FactorCache
 from .factorize import load_expert, open_experts
@@ -14,9 +14,8 @@ from .svd import Factors, low_rank_svd, truncated_svd
 from .upscale import plan_upscaling, upscale
 
 __all__ = [
-    "BATCH_SIZE", "NUM_INPUTS", "FactorCache", "Factors", "LayerPlan", "Plan", "WorkPartition", "add_expert",
-    "calibrate", "check_calibration", "destroy_process_group_at_exit", "estimate_seconds", "load_expert",
-    "low_rank_svd", "make_plan", "measure_baseline", "open_experts", "plan_upscaling", "random_inputs",
-    "remove_expert", "set_routing", "split_targeted_attention", "tensor_digest", "truncated_svd", "upscale",
-    "upscale_to_folder",
+    "FactorCache", "Factors", "LayerPlan", "Plan", "WorkPartition", "add_expert", "calibrate", "check_calibration",
+    "destroy_process_group_at_exit", "estimate_seconds", "load_expert", "low_rank_svd", "make_plan", "open_experts",
+    "plan_upscaling", "remove_expert", "set_routing", "split_targeted_attention", "tensor_digest", "truncated_svd",
+    "upscale", "upscale_to_folder",
 ]  # fmt: skip

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from ..config import SmileConfig
@@ -11,13 +10,9 @@ from ..io import Provenance
 from ..nn import ExpertLayout, InputRouter, RoutedLayer, routed_layers, routed_type_of, store_tensors
 from ..nn.attachment import attach_router, detach_router
 from ..nn.attention import replace_modules
-from ..nn.expert_parameters import attach_expert_parameters
-from .calibration import measure_baseline
 from .factorize import FactorizedExperts, average
 from .parallel import WorkPartition
 from .plan import Plan
-
-Differences = Mapping[str, Mapping[str, Tensor]]  # module → parameter → differences of all experts (T, …)
 
 
 def replace_layers(
@@ -61,37 +56,14 @@ def set_averages(model: nn.Module, sums: Mapping[str, Tensor], num_experts: int)
         state[name].copy_(average(total, num_experts, name, state[name].dtype))
 
 
-def set_routing(
-    model: nn.Module, config: SmileConfig, experts: Sequence[str], differences: Differences | None = None
-) -> None:
+def set_routing(model: nn.Module, config: SmileConfig, experts: Sequence[str]) -> None:
     """Route an upscaled model as its options say, in place. All routed layers get the same config object.
 
-    Where experts are chosen for whole inputs, the model gets a new router, with the baseline that the options ask for
-    and the experts' differences in norms and embeddings. The options for the factors must be those of the model.
+    Where experts are chosen for whole inputs, the model gets a new router. The options for the factors must be those of
+    the model.
     """
     detach_router(model)
     for layer in routed_layers(model).values():
         layer.set_config(config)
-    if config.routing_scope == "token":
-        return
-    router = InputRouter(config, experts)
-    attach_router(model, router)
-    if config.noise_baseline:
-        router.set_baseline(measure_baseline(model, router))
-    attach_expert_parameters(model, router, differences or {})
-
-
-def stack_differences(
-    model: nn.Module, differences: Mapping[str, Mapping[int, Tensor]], num_experts: int
-) -> dict[str, dict[str, Tensor]]:
-    """The differences of all experts to the pretrained model: module → parameter → (T, …).
-
-    They are given as parameter → index of an expert → difference, and are zero for any other expert.
-    """
-    stacked: dict[str, dict[str, Tensor]] = {}
-    for name, changes in differences.items():
-        module, _, parameter = name.rpartition(".")
-        pretrained = cast(Tensor, getattr(model.get_submodule(module), parameter))
-        rows = [changes.get(index, torch.zeros_like(pretrained)) for index in range(num_experts)]
-        stacked.setdefault(module, {})[parameter] = torch.stack([row.to(pretrained.device) for row in rows])
-    return stacked
+    if config.routing_scope == "input":
+        attach_router(model, InputRouter(config, experts))

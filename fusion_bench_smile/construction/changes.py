@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -61,19 +61,17 @@ def squared_distance(tensor: Tensor, pretrained: Tensor) -> float:
 
 def read_changes(
     plan: Plan, pretrained: Source, expert: Source, label: str, aliases: Mapping[str, tuple[str, ...]],
-    used: Collection[str] = (),
 ) -> TensorChanges:  # fmt: skip
-    """Read an expert's tensors outside the upscaled layers. The model uses those called `used`.
+    """Read an expert's tensors outside the upscaled layers, which the model does not use.
 
-    A tensor with several names counts once for those that are used, and once for all others. Raises PlanError if a
-    tensor is not finite.
+    A tensor with several names counts once. Raises PlanError if a tensor is not finite.
     """
     changes = TensorChanges()
     for name in (*plan.other_tensors, *plan.tied_tensors):
         if expert.is_pretrained(name):
             continue
         energy = squared_distance(read_finite(expert, name, label), pretrained.read(name))
-        energies = changes.used if name in used else changes.unused
+        energies = changes.unused
         if energy:
             first = next((other for other in aliases.get(name, ()) if other in energies), name)
             energies[first] = max(energy, energies.get(first, 0.0))

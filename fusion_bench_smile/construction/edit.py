@@ -15,7 +15,6 @@ from ..io.names import check_expert_names
 from ..io.transformers_hook import attach_metadata
 from ..nn import DENSE, detach_router, routed_layers
 from ..nn.attention import replace_modules
-from ..nn.expert_parameters import detach_expert_parameters
 from .assemble import replace_layers, set_routing
 from .changes import check_recurrent, expert_changes, warn_of_unused_changes
 from .factorize import FactorizedExperts, Factorizer, factorize_experts
@@ -81,7 +80,6 @@ def take_apart(model: nn.Module, metadata: SmileMetadata) -> tuple[nn.Module, di
     """A copy of the pretrained model inside an upscaled one, and the factors of its routed layers."""
     pretrained = deepcopy(model)
     detach_router(pretrained)
-    detach_expert_parameters(pretrained)
     layers, energy = routed_layers(pretrained), metadata.provenance.energy
     replace_modules(pretrained, {layer: layer.to_plain_layer() for layer in layers.values()})
     return pretrained, {name: LayerFactors.from_layer(layer, energy.get(name)) for name, layer in layers.items()}
@@ -104,9 +102,8 @@ def _assemble(
 def _check_editable(metadata: SmileMetadata) -> None:
     config = metadata.config
     depends_on_all_experts = {
-        "param_ratio": config.param_ratio is not None, "expert_parameters": config.expert_parameters != "layers",
-        "calibration": metadata.prototypes is not None, "noise_baseline": config.noise_baseline,
-        "average_experts=true": config.average_experts,
+        "param_ratio": config.param_ratio is not None, "byte_ratio": config.byte_ratio is not None,
+        "calibration": metadata.prototypes is not None, "average_experts=true": config.average_experts,
     }  # fmt: skip
     for name, is_set in depends_on_all_experts.items():
         if is_set:
@@ -117,9 +114,9 @@ def _with_router(single: LayerFactors, config: SmileConfig, layer: str) -> Layer
     """The factors of a single expert, with the router rows that it has beside others."""
     rank = single.experts[0].rank
     is_complete = 0 <= rank < config.k  # the delta has no more directions
-    if not config.routing_use_diff or rank == DENSE or (rank < config.gate_k and not is_complete):
+    if not config.routing_use_diff or rank == DENSE or (rank < config.router_rank and not is_complete):
         raise PlanError(
-            f"{layer} was built for one expert and lacks the {config.gate_k} directions that its router needs beside "
-            "others: build the model anew with both experts"
+            f"{layer} was built for one expert and lacks the {config.router_rank} directions that its router needs "
+            "beside others: build the model anew with both experts"
         )
-    return single.with_router(min(config.gate_k, rank))
+    return single.with_router(min(config.router_rank, rank))

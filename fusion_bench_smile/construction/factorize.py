@@ -14,7 +14,7 @@ from ..config import SmileConfig
 from ..exceptions import PlanError
 from ..io import ExpertSource, ResizedSource, Source, StateDictSource, open_source, stored_names, tensor_digest
 from ..nn import DENSE
-from ..nn.expert_parameters import expert_parameter_names
+from ..nn.quantization import largest_rounded
 from .agreement import check_same_experts, check_same_models
 from .changes import TensorChanges, check_averages, read_changes, read_finite
 from .factor_cache import FactorCache, known_digest
@@ -173,9 +173,7 @@ class _Delta:
         if tensor is None:
             return None
         stored = tensor.to(self.pretrained_weight.device, self.pretrained_weight.dtype)
-        # 127 times the scale of a row in int8 is its largest entry, with the rounding of the scale
-        rounding = torch.finfo(stored.dtype).eps if self.factorizer.config.storage == "int8" else 0.0
-        check_range(stored * (1 + rounding) if rounding else stored, self._changes)
+        check_range(largest_rounded(stored, self.factorizer.config.storage), self._changes)
         return stored
 
     def _bias_delta(self) -> Tensor | None:
@@ -194,7 +192,6 @@ class FactorizedExperts:
     """The factors and other changes of all experts, or of this process's part of them."""
 
     layers: dict[str, LayerFactors] = field(default_factory=dict)  # layer → what the experts add to it, in their order
-    differences: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # parameter → expert's index → difference
     sums: dict[str, Tensor] = field(default_factory=dict)  # name of a tensor to average → the sum over the experts
     changes: dict[str, TensorChanges] = field(default_factory=dict)  # expert → what it changed; averages do not count
 
@@ -225,17 +222,6 @@ class FactorizedExperts:
         for name, total in self.sums.items():
             average(total, num_experts, name, pretrained.read(name).dtype)
 
-    def read_differences(
-        self, pretrained: Source, expert: Source, index: int, parameters: Iterable[str], label: str
-    ) -> None:
-        """Read how an expert changed parameters that can differ between experts; PlanError if one is not finite."""
-        for name in (name for name in parameters if not expert.is_pretrained(name)):
-            start = pretrained.read(name)
-            difference = read_finite(expert, name, label).to(start) - start
-            check_range(difference, f"{label}: the change of {name}")
-            if difference.any():
-                self.differences.setdefault(name, {})[index] = difference
-
 
 def factorize_experts(
     plan: Plan, pretrained: nn.Module, experts: Mapping[str, ExpertSource], factorizer: Factorizer,
@@ -254,14 +240,11 @@ def factorize_experts(
     assigned = partition.assign([layer.work for _ in experts for layer in plan.layers])
     turns, done = iter(assigned), 0
     config = factorizer.config
-    # one process sums in a fixed order, and reads the other parameters
-    averaged = config.average_experts and partition.rank == 0
-    names = [] if partition.rank else expert_parameter_names(pretrained, config.expert_parameters)
-    used = set(expert_parameter_names(pretrained, config.expert_parameters, remove_duplicate=False))
-    for index, (name, expert) in enumerate(experts.items()):
+    averaged = config.average_experts and partition.rank == 0  # one process sums in a fixed order
+    for name, expert in experts.items():
         layers = [layer for layer, is_assigned in zip(plan.layers, turns, strict=False) if is_assigned]
         is_loaded = (expert_source := opened.pop(name)) is None
-        if not (layers or averaged or names or (is_loaded and partition.size > 1)):
+        if not (layers or averaged or (is_loaded and partition.size > 1)):
             continue
         if expert_source is None:
             expert_source = load_expert(plan, name, expert, source, aliases)
@@ -272,7 +255,7 @@ def factorize_experts(
             check_averages(plan, source, expert_source, label, aliases)
             factorized.add_to_sums(plan, expert_source, label)
         elif not config.average_experts and layers[:1] == [plan.layers[0]]:  # in one of the processes
-            changes.update(read_changes(plan, source, expert_source, label, aliases, used))
+            changes.update(read_changes(plan, source, expert_source, label, aliases))
         items = [(layer, expert_source, label) for layer in layers]
         for layer, factors in zip(layers, factorizer.factorize(source, items), strict=True):
             changes.used[f"{layer.name}.weight"] = factors.squared_norm
@@ -280,7 +263,6 @@ def factorize_experts(
             done += 1
             if on_progress:
                 on_progress(done, sum(assigned))
-        factorized.read_differences(source, expert_source, index, names, label)
         del expert_source, items  # with what they have mapped, before the next expert is opened
     factorized.check_averages(source, len(experts))
     check_same_experts(partition, loaded_digests)

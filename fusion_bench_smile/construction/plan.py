@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ..config import SmileConfig
 from ..exceptions import ConfigError, PlanError
-from ..nn import DENSE, RoutedLayer, count_parameters, routed_type_of
+from ..nn import DENSE, RoutedLayer, count_bytes, count_parameters, routed_type_of, row_size
 from .bounds import ExpertBounds
 from .layer_selection import candidate_layers, select_layers
 from .parallel import map_in_parallel, num_workers
-from .rank_allocation import LayerSpectra, allocate, summarize_ranks
+from .rank_allocation import LayerSpectra, allocate
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class LayerPlan:
     k: int  # rank of the experts; −1 for dense deltas
     gate_k: int  # rank of the router
     has_bias: bool  # the layer has a bias
-    itemsize: int  # bytes of a weight's entry
+    dtype: torch.dtype  # of its weight
     routed_type: type[RoutedLayer]  # the type of the routed layer
     shared_router: bool = True  # the router's rows are the leading directions of the experts
 
@@ -64,13 +64,24 @@ class LayerPlan:
         small, large = sorted((self.in_features, self.out_features))
         return 4 * (4 * small * large + 4 * small**2 + 4 * (small + large) * self.rank)
 
-    def nominal_spectra(self, num_experts: int, config: SmileConfig) -> LayerSpectra:
-        """The cost of its directions, with the same energy for each."""
-        gate_k, scales = self.gate_k if num_experts > 1 else 0, int(config.storage == "int8")
+    def spectra(
+        self, energies: Sequence[Sequence[float]], gate_ranks: Sequence[int], num_biases: int, config: SmileConfig
+    ) -> LayerSpectra:
+        """The spectra of the experts, with what a row costs in the unit of the budget: parameters or bytes."""
+
+        def cost(size: int) -> int:
+            return row_size(size, config.storage, self.dtype, in_bytes=config.byte_ratio is not None)
+
+        biases = num_biases * (self.dtype.itemsize if config.byte_ratio is not None else 1)
         return LayerSpectra(
-            self.name, self.in_features, self.out_features, ((1.0,) * self.k,) * num_experts, (gate_k,) * num_experts,
-            shared_router=config.routing_use_diff, weight_energy=1.0, scales_per_row=scales,
+            self.name, tuple(map(tuple, energies)), tuple(gate_ranks), config.routing_use_diff,
+            cost(self.out_features), cost(self.in_features), biases,
         )  # fmt: skip
+
+    def least_spectra(self, num_experts: int, config: SmileConfig) -> LayerSpectra:
+        """The spectra of experts with the router rows alone."""
+        gate_k = self.gate_k if num_experts > 1 else 0
+        return self.spectra([[1.0] * gate_k] * num_experts, [gate_k] * num_experts, 0, config)
 
     def max_added_parameters(self, ranks: Sequence[int | None]) -> int:
         """Parameters that experts add, without biases, with deltas of these ranks; None for full rank."""
@@ -109,7 +120,8 @@ class Plan:
     block_tensors: frozenset[str]  # names of those inside lists of modules, which an expert must have in the same shape
     kept_layers: tuple[str, ...]  # the linear layers that stay as pretrained
     parameters: int  # the number of parameters of the pretrained model
-    has_budget: bool = False  # the ranks are allocated within a `param_ratio`
+    bytes: int  # their size
+    has_budget: bool = False  # the ranks are allocated within a `param_ratio` or `byte_ratio`
     experts: tuple[ExpertBounds, ...] = ()  # what is known of each expert before it is read; empty if nothing is
 
     def max_ranks(self, layer: LayerPlan) -> list[int | None]:
@@ -138,10 +150,10 @@ class Plan:
     def summary(self) -> dict[str, str]:
         """The cost of the upscaling as text. Added parameters are an upper bound, unless all ranks are known."""
         added, bound = self.max_added_parameters, "" if self.is_exact else ", at most"
-        whole = sum(math.prod(shape) for shape in self.tensors.values()) * self.layers[0].itemsize
+        whole = sum(math.prod(shape) for shape in self.tensors.values()) * self.layers[0].dtype.itemsize
         sizes = [bounds.nbytes for bounds in self.experts] or [None] * self.num_experts
         read = sum(whole if size is None else size for size in sizes)
-        result = (self.parameters + added) * self.layers[0].itemsize
+        result = (self.parameters + added) * self.layers[0].dtype.itemsize
         working = self.num_workers(torch.device("cpu")) * max(layer.working_bytes for layer in self.layers)
         return {
             "linear layers to upscale": str(len(self.layers)),
@@ -156,38 +168,44 @@ class Plan:
             "memory beyond both models, at most": f"{working / 1e6:.1f} MB",
         }
 
-    def budget_summary(self, config: SmileConfig) -> dict[str, str]:
-        """The ranks within a `param_ratio` as text; empty without one.
+    def budget(self, config: SmileConfig) -> int:
+        """What `param_ratio` or `byte_ratio` allows beside the pretrained model: parameters, or bytes."""
+        if config.byte_ratio is not None:
+            return int(self.bytes * (config.byte_ratio - 1))
+        assert config.param_ratio is not None
+        return int(self.parameters * (config.param_ratio - 1))
 
-        Raises ConfigError if the budget is too small for the router rows.
-        """
-        if config.param_ratio is None:
+    def budget_summary(self, config: SmileConfig) -> dict[str, str]:
+        """A budget as text; empty without one. Raises ConfigError if it is too small for the router rows."""
+        if not config.has_budget:
             return {}
-        summary = {"parameters added by param_ratio, at most": f"{int(self.parameters * (config.param_ratio - 1)):,}"}
-        if config.allocation != "uniform":
-            text = "known when the experts are factored, and logged"
-            return summary | {f"ranks by allocation={config.allocation}": text}
-        layers = [layer.nominal_spectra(self.num_experts, config) for layer in self.layers]
-        ranks = summarize_ranks(layers, allocate_ranks(layers, self.parameters, config))
-        return summary | {f"ranks of {kind}": text for kind, text in ranks.items()}
+        allocate_ranks(self, [layer.least_spectra(self.num_experts, config) for layer in self.layers], config)
+        name, unit = ("param_ratio", "parameters") if config.byte_ratio is None else ("byte_ratio", "bytes")
+        return {
+            f"{unit} added by {name}, at most": f"{self.budget(config):,}",
+            "ranks": "known when the experts are factored, and logged",
+        }
 
 
 def allocate_ranks(
-    layers: Sequence[LayerSpectra], parameters: int, config: SmileConfig, reserved: int = 0
-) -> list[list[int]]:
-    """The rank of each expert in each layer within the `param_ratio` of a model with so many pretrained parameters.
+    plan: Plan, layers: Sequence[LayerSpectra], config: SmileConfig, reserved: int = 0
+) -> list[list[int]]:  # fmt: skip
+    """The rank of each expert in each layer within the budget of a plan.
 
-    The budget is smaller by the `reserved` parameters, which are needed outside the layers. Raises ConfigError if it is
-    too small for the router rows.
+    The budget is smaller by the `reserved` parameters in float32, which are needed outside the layers. Raises
+    ConfigError if it is too small for the router rows.
     """
-    assert config.param_ratio is not None
+    reserved *= torch.float32.itemsize if config.byte_ratio is not None else 1
     try:
-        return allocate(layers, int(parameters * (config.param_ratio - 1)) - reserved, config.allocation)
+        return allocate(layers, plan.budget(config) - reserved)
     except ConfigError as error:
-        required = 1 + (sum(layer.min_parameters for layer in layers) + reserved) / parameters
+        name, unit, whole = "param_ratio", "parameters", plan.parameters
+        if config.byte_ratio is not None:
+            name, unit, whole = "byte_ratio", "bytes", plan.bytes
+        required = 1 + (sum(layer.min_cost for layer in layers) + reserved) / whole
         raise ConfigError(
-            f"param_ratio={config.param_ratio} is too little for the router rows alone, {error}: "
-            f"gate_k={config.gate_k} needs {required:.3f}; lower gate_k, or raise param_ratio"
+            f"{name}={getattr(config, name)} is too little for the router rows alone, {error} {unit}: "
+            f"gate_k={config.gate_k} needs {required:.3f}; lower gate_k, or raise {name}"
         ) from None
 
 
@@ -218,10 +236,19 @@ def make_plan(pretrained: nn.Module, num_experts: int, config: SmileConfig) -> P
     outside = _names_outside(pretrained, list(selected))
     tied = {name: inside[id(tensor)] for name, tensor in tensors.items() if id(tensor) in inside and name in outside}
     kept = tuple(name for name in candidates if name not in selected)
-    budget = config.param_ratio is not None
     recurrent, blocks = _recurrent_tensors(pretrained), _block_tensors(pretrained)
     return Plan(
-        layers, num_experts, shapes, others, tied, recurrent, blocks, kept, count_parameters(pretrained), budget
+        layers,
+        num_experts,
+        shapes,
+        others,
+        tied,
+        recurrent,
+        blocks,
+        kept,
+        count_parameters(pretrained),
+        count_bytes(pretrained),
+        config.has_budget,
     )
 
 
@@ -342,10 +369,10 @@ def _block_tensors(model: nn.Module) -> frozenset[str]:
 def _plan_layer(name: str, layer: nn.Module, config: SmileConfig) -> LayerPlan:
     routed_type, weight = routed_type_of(layer), cast(Tensor, layer.weight)
     out_features, in_features = routed_type.weight_matrix(weight).shape
-    k, gate_k = (min(rank, out_features, in_features) for rank in (config.k, config.gate_k))
+    k, gate_k = (min(rank, out_features, in_features) for rank in (config.k, config.router_rank))
     has_bias = layer.bias is not None
     return LayerPlan(
-        name, in_features, out_features, k, gate_k, has_bias, weight.element_size(), routed_type,
+        name, in_features, out_features, k, gate_k, has_bias, weight.dtype, routed_type,
         config.routing_use_diff,
     )  # fmt: skip
 
@@ -357,9 +384,9 @@ def _check_ranks(layers: Sequence[LayerPlan], config: SmileConfig, num_experts: 
         log.warning(
             "gate_k=%d spans all inputs of %d of %d layers, so that all experts score the same there (first: %s, with "
             "%d inputs): lower gate_k, or leave them out with exclude_modules",
-            config.gate_k, len(blind), len(layers), blind[0].name, blind[0].in_features,
+            config.router_rank, len(blind), len(layers), blind[0].name, blind[0].in_features,
         )  # fmt: skip
-    ranks = {"gate_k": config.gate_k, "k": config.k}
+    ranks = {"gate_k": config.router_rank, "k": config.k}
     largest = max(min(layer.in_features, layer.out_features) for layer in layers)
     for option, rank in ranks.items():
         if rank > largest:

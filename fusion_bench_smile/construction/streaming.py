@@ -71,8 +71,8 @@ def upscale_to_folder(
     """
     config, pretrained, folder = SmileConfig.resolve(config, options), Path(pretrained), Path(folder)
     check_expert_names(experts)
-    for name in ("param_ratio", "expert_parameters", "noise_baseline"):
-        if getattr(config, name) != getattr(SmileConfig, name):  # it is not the default
+    for name in ("param_ratio", "byte_ratio"):
+        if getattr(config, name) is not None:
             raise ConfigError(f"{name}={getattr(config, name)} needs the whole model in memory: use upscale and save")
     stream = _Stream(pretrained, experts, config, factor_cache)
     with replace_folder_atomically(folder, carry=is_companion) as scratch:
@@ -158,8 +158,9 @@ class _Stream:
         self.layouts[layer.name] = factors.layout(config.routing_use_diff)
         self.energy[layer.name] = [expert.energy for expert in factors.experts]
         device = pretrained.read(f"{layer.name}.weight").device
-        for name, tensor in store_tensors(factors.tensors(device), config.storage).items():
-            self.added_parameters += tensor.numel()
+        tensors = factors.tensors(device)
+        for name, tensor in store_tensors(tensors, config.storage).items():
+            self.added_parameters += tensors.get(name, tensor).numel()
             yield f"{layer.name}.{name}", tensor
 
     def _other_tensor(self, name: str) -> Tensor:

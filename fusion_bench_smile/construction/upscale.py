@@ -5,11 +5,11 @@ import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import SmileConfig
 from ..exceptions import PlanError
@@ -20,7 +20,7 @@ from ..io.transformers_hook import attach_metadata
 from ..nn import Prototypes
 from ..nn.attention import split_in_place, split_names
 from .agreement import check_same_options
-from .assemble import Differences, replace_layers, set_averages, set_routing, stack_differences
+from .assemble import replace_layers, set_averages, set_routing
 from .bounds import expert_bounds
 from .changes import check_recurrent, expert_changes, warn_of_unused_changes
 from .factor_cache import FactorCache
@@ -28,9 +28,11 @@ from .factorize import FactorizedExperts, Factorizer, ProgressCallback, factoriz
 from .layer_selection import split_targeted_attention
 from .parallel import WorkPartition
 from .plan import Plan, allocate_ranks, make_plan
-from .rank_allocation import LayerSpectra, summarize_ranks
+from .rank_allocation import summarize_ranks
 
 log = logging.getLogger(__name__)
+
+CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel")  # of classes of transformers
 
 Experts = Mapping[str, ExpertSource] | Sequence[ExpertSource]
 
@@ -58,7 +60,7 @@ def upscale(
             function with the same models and options, which is checked, and all get the same model. An error in one of
             them is raised in all.
         in_place: Build in `pretrained` itself, which saves a copy. Invalid arguments are refused before it is modified.
-        calibration: Reserve parameters of a `param_ratio` for `calibrate` with so many inputs of each task.
+        calibration: Reserve room in a budget for `calibrate` with so many inputs of each task.
         on_progress: Called after each (expert, layer) pair with the number of pairs done and in all, by this process.
         options: The fields of `SmileConfig`.
 
@@ -91,18 +93,22 @@ def _upscale(
     changes = factorized.gather_changes(named, partition)
     check_recurrent(plan, changes)
     model = split_in_place(given, split_names(pretrained)) if in_place else deepcopy(pretrained)
-    differences = stack_differences(pretrained, partition.all_gather(factorized.differences)[0], len(named))
     layers_of = partition
-    if config.param_ratio is not None:
-        reserved = _parameters_outside_layers(plan, config, differences, calibration)
-        fit_ranks(plan, pretrained, factorized, partition, config, reserved)
+    if config.has_budget:
+        reserved = Prototypes.num_parameters(plan.num_experts, len(plan.layers), calibration) if calibration else 0
+        fit_ranks(plan, factorized, partition, config, reserved)
         layers_of = WorkPartition()  # every process has the factors of all
     provenance = replace_layers(model, plan, factorized, layers_of, config, tuple(named))
     provenance = replace(provenance, changes=expert_changes(changes))
     set_averages(model, partition.all_gather(factorized.sums)[0], len(named))
-    set_routing(model, config, tuple(named), differences)
+    set_routing(model, config, tuple(named))
     attach_metadata(model, describe_model(model, config, tuple(named), provenance))
     _log_summary(plan, factorizer, provenance, time.perf_counter() - began)
+    if config.routing_scope == "token" and len(named) > 1 and type(model).__name__.endswith(CAUSAL_LM_SUFFIXES):
+        log.warning(
+            "routing_scope=token chooses by the last token, which is alike in many prompts, where a language model "
+            "answers; routing_scope=input with top_k=2 chooses by the whole prompt (docs/routing.md)"
+        )
     return model
 
 
@@ -127,36 +133,23 @@ def _named(experts: Experts) -> dict[str, ExpertSource]:
 
 
 def fit_ranks(
-    plan: Plan, pretrained: nn.Module, factorized: FactorizedExperts, partition: WorkPartition,
-    config: SmileConfig, reserved: int,
+    plan: Plan, factorized: FactorizedExperts, partition: WorkPartition, config: SmileConfig, reserved: int
 ) -> None:  # fmt: skip
-    """Gather the factors of all layers in every process, and truncate them to the ranks within `param_ratio`.
+    """Gather the factors of all layers in every process, and truncate them to the ranks within the budget.
 
     Raises ConfigError if the budget without the `reserved` parameters is too small for the router rows.
     """
     spectra = []
     for layer in plan.layers:
         factors = factorized.layers[layer.name] = factorized.gather_layer(layer.name, plan.num_experts, partition)
-        weight = cast(Tensor, pretrained.get_submodule(layer.name).weight)
-        spectra.append(LayerSpectra(
-            layer.name, layer.in_features, layer.out_features, factors.squared_singular_values(),
-            tuple(expert.gate_rank for expert in factors.experts), config.routing_use_diff,
-            float(weight.double().square().sum()), factors.num_bias_parameters, int(config.storage == "int8"),
-        ))  # fmt: skip
-    ranks = allocate_ranks(spectra, plan.parameters, config, reserved)
-    summary = "; ".join(f"{kind} {text}" for kind, text in summarize_ranks(spectra, ranks).items())
-    log.info("ranks by allocation=%s: %s", config.allocation, summary)
+        gate_ranks = [expert.gate_rank for expert in factors.experts]
+        energies = factors.squared_singular_values()
+        spectra.append(layer.spectra(energies, gate_ranks, factors.num_bias_parameters, config))
+    ranks = allocate_ranks(plan, spectra, config, reserved)
+    log.info("ranks: %s", "; ".join(f"{kind} {text}" for kind, text in summarize_ranks(spectra, ranks).items()))
     for layer, layer_ranks in zip(plan.layers, ranks, strict=True):
         factors = factorized.layers[layer.name]
         factorized.layers[layer.name] = factors.truncate(layer_ranks, config.routing_use_diff)
-
-
-def _parameters_outside_layers(plan: Plan, config: SmileConfig, differences: Differences, calibration: int) -> int:
-    """Parameters of expert-specific norms and embeddings, of a baseline, and of prototypes to come."""
-    different = sum(value.numel() for values in differences.values() for value in values.values())
-    baseline = 2 * plan.num_experts if config.noise_baseline else 0
-    prototypes = Prototypes.num_parameters(plan.num_experts, len(plan.layers), calibration) if calibration else 0
-    return different + baseline + prototypes
 
 
 def _log_summary(plan: Plan, factorizer: Factorizer, provenance: Provenance, seconds: float) -> None:

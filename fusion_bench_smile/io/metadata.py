@@ -16,7 +16,6 @@ from ..config import SmileConfig
 from ..exceptions import CheckpointError, ConfigError
 from ..nn.attachment import router_of
 from ..nn.attention import split_names
-from ..nn.expert_parameters import modules_with_expert_parameters
 from ..nn.layout import ExpertLayout
 from ..nn.prototypes import Prototypes
 from ..nn.routed import count_parameters, routed_layers
@@ -30,8 +29,7 @@ PACKAGES = ("fusion-bench-smile", "torch", "transformers")
 LOADING = "pip install fusion-bench-smile, and import fusion_bench_smile before from_pretrained"
 # format 3 repeats these options in the description of every layer
 REPEATED_OPTIONS = {
-    "top_k": "top_k", "execution": "execution", "score": "routing_score", "storage": "storage",
-    "shared_router": "routing_use_diff",
+    "top_k": "top_k", "execution": "execution", "storage": "storage", "shared_router": "routing_use_diff",
 }  # fmt: skip
 
 
@@ -39,8 +37,7 @@ REPEATED_OPTIONS = {
 class ExpertChange:
     """How far one expert is from the pretrained model, in energy ‖Δ‖², and how much of that the upscaled model lacks.
 
-    A tensor counts once for the upscaled layers and modules with expert-specific parameters that hold it, and once for
-    all others. Averaged tensors do not count.
+    A tensor counts once for the upscaled layers that hold it, and once for all others. Averaged tensors do not count.
     """
 
     energy: float  # of all floating-point tensors
@@ -105,9 +102,7 @@ class SmileMetadata:
     experts: tuple[str, ...]  # the experts' names, in the order of the layouts
     layouts: dict[str, ExpertLayout]  # layer → the ranks of the experts in it
     provenance: Provenance = field(default_factory=Provenance)
-    has_baseline: bool = False  # the router standardises scores by random inputs
     prototypes: tuple[int, int] | None = None  # the number of features and of directions of the router's prototypes
-    expert_parameters: dict[str, list[str]] = field(default_factory=dict)  # module → parameters that experts differ in
     loading: str = LOADING  # what loading the checkpoint requires, for people
     split_attention: tuple[str, ...] = ()  # the attention modules that are split, see `split_attention`
 
@@ -121,7 +116,7 @@ class SmileMetadata:
     def to_dict(self) -> dict[str, Any]:
         """JSON values in checkpoint format 3."""
         calibrated = Prototypes.size(len(self.experts), *self.prototypes) if self.prototypes else 0
-        router = {"baseline": self.has_baseline, "prototypes": list(self.prototypes) if self.prototypes else None}
+        router = {"prototypes": list(self.prototypes) if self.prototypes else None}
         return {
             "layers": {name: self._layer_dict(layout) for name, layout in self.layouts.items()},
             "experts": list(self.experts), "options": json.loads(json.dumps(self.config.to_dict())),
@@ -131,7 +126,7 @@ class SmileMetadata:
                 "versions": self.provenance.versions, **_changes_dict(self.provenance),
             },
             "router": {} if self.config.routing_scope == "token" else router,
-            "own": self.expert_parameters, "format_version": FORMAT_VERSION, "needs": self.loading,
+            "format_version": FORMAT_VERSION, "needs": self.loading,
             **({"split_attention": list(self.split_attention)} if self.split_attention else {}),
         }  # fmt: skip
 
@@ -139,7 +134,7 @@ class SmileMetadata:
         return {
             "ranks": list(layout.ranks), "gate_ranks": list(layout.gate_ranks), "top_k": self.config.top_k,
             "shared_router": layout.shared_router, "expert_bias": layout.expert_bias,
-            "execution": self.config.execution, "score": self.config.routing_score, "storage": self.config.storage,
+            "execution": self.config.execution, "storage": self.config.storage,
         }  # fmt: skip
 
     @classmethod
@@ -152,6 +147,9 @@ class SmileMetadata:
             found = f"{where} has format version {shortened(repr(version))}"
             raise CheckpointError(f"{found}, this package reads {FORMAT_VERSION}: {hint}")
         section = parse_section(values, where)
+        if section.own or (section.router and section.router.baseline):
+            removed = "expert_parameters" if section.own else "noise_baseline"
+            raise CheckpointError(f"{where} was saved with {removed}, which was removed: build the model again")
         try:
             config = SmileConfig.from_checkpoint(section.options)
         except (ConfigError, TypeError) as error:
@@ -164,8 +162,8 @@ class SmileMetadata:
         router = section.router or RouterValues()
         return cls(
             config, tuple(section.experts), {name: _layout(layer) for name, layer in section.layers.items()},
-            _provenance(section.recipe or RecipeValues()), router.baseline,
-            None if router.prototypes is None else (router.prototypes[0], router.prototypes[1]), section.own or {},
+            _provenance(section.recipe or RecipeValues()),
+            None if router.prototypes is None else (router.prototypes[0], router.prototypes[1]),
             section.needs or LOADING, tuple(section.split_attention),
         )  # fmt: skip
 
@@ -189,9 +187,8 @@ def describe_model(
     return SmileMetadata(
         config, tuple(experts), layouts={name: layer.layout for name, layer in routed_layers(model).items()},
         provenance=replace(provenance, parameters=(provenance.parameters[0], count_parameters(model))),
-        has_baseline=router is not None and router.baseline is not None,
         prototypes=None if prototypes is None else (len(prototypes.scale), len(prototypes.variances)),
-        expert_parameters=modules_with_expert_parameters(model), split_attention=tuple(split_names(model)),
+        split_attention=tuple(split_names(model)),
     )  # fmt: skip
 
 

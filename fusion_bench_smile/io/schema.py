@@ -37,7 +37,6 @@ class LayerValues(_Section):
     shared_router: bool
     expert_bias: bool
     execution: str
-    score: str
     storage: str
 
 

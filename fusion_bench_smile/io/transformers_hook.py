@@ -22,15 +22,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..exceptions import CheckpointError, PlanError
+from ..exceptions import CheckpointError
 from ..nn.attachment import attach_router
 from ..nn.attention import replace_modules, split_in_place, splittable
 from ..nn.compatibility import read_layers
-from ..nn.expert_parameters import (
-    attach_expert_parameters,
-    expert_parameter_names,
-    modules_with_expert_parameters,
-)
 from ..nn.input_router import InputRouter
 from ..nn.layer_types import SmileLinear, plain_type_of, routed_type_of
 from ..nn.prototypes import Prototypes
@@ -39,7 +34,6 @@ from .file_source import file_version
 from .metadata import SmileMetadata
 from .safetensors_source import check_tensors, flatten_tensor
 from .schema import read_json
-from .text import shortened
 
 CONFIG_FILE, METADATA_FILE = "config.json", "smile.json"
 REPLACED = "was replaced while it was loaded: load it again"
@@ -163,20 +157,9 @@ def _add_router(model: nn.Module, metadata: SmileMetadata) -> None:
     if metadata.config.routing_scope == "token":
         return
     num_experts, router = len(metadata.experts), InputRouter(metadata.config, metadata.experts)
-    if metadata.has_baseline:
-        router.set_baseline(torch.zeros(2, num_experts))
     if metadata.prototypes is not None:
         router.prototypes = Prototypes(num_experts, *metadata.prototypes)
     attach_router(model, router)
-    possible = expert_parameter_names(model, metadata.config.expert_parameters, remove_duplicate=False)
-    zeros: dict[str, dict[str, torch.Tensor]] = {}
-    for name, parameters in metadata.expert_parameters.items():
-        if other := [parameter for parameter in parameters if f"{name}.{parameter}" not in possible]:
-            wrong = shortened(f"{name}.{other[0]}")
-            raise CheckpointError(f"{wrong} of {type(model).__name__} is no parameter that experts differ in")
-        values = {parameter: getattr(model.get_submodule(name), parameter) for parameter in parameters}
-        zeros[name] = {key: value.new_zeros(num_experts, *value.shape, device="meta") for key, value in values.items()}
-    attach_expert_parameters(model, router, zeros)
 
 
 def _layer(model: nn.Module, name: str) -> nn.Module:
@@ -341,15 +324,8 @@ def bind_methods(model: PreTrainedModel) -> None:
 def _resize_token_embeddings(
     model: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
 ) -> nn.Module:
-    """``resize_token_embeddings``, after which a routed head still is one. Its experts do not change new tokens.
-
-    Raises PlanError if the embeddings are the experts' own, which have no rows for new tokens.
-    """
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    own = [name for name in modules_with_expert_parameters(model) if model.get_submodule(name) is embeddings]
-    sizes = (None, len(cast(torch.Tensor, embeddings.weight)))
-    if own and (args or kwargs.get("pad_to_multiple_of") or new_num_tokens not in sizes):
-        raise PlanError(f"{own[0]} differs between the experts: resize the pretrained model and the experts instead")
+    """``resize_token_embeddings``, after which a routed head still is one. Its experts do not change new tokens."""
+    head = model.get_output_embeddings()
     num_tokens = len(head.weight) if isinstance(head, SmileLinear) else None
     resized = type(model).resize_token_embeddings(model, new_num_tokens, *args, **kwargs)
     plain = model.get_output_embeddings()  # the routed head itself where it is tied, with another weight

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .attribution import gathers_tokens, log_token_layers
 from .input_router import ROUTER_NAME, InputRouter, Role
-from .routed import routed_layers
+from .routed import layers_with_router, routed_layers
 from .routing_state import Generation, active_generation, generate_with
 
 # options of ``generate`` with which its first call does not see the whole prompt, or not the whole model
@@ -72,7 +72,9 @@ def attach_router(model: nn.Module, router: InputRouter) -> None:
     gathered = [name for name in layers if gathers_tokens(name)]
     router.token_layers = {layers[name] for name in gathered}
     if gathered:
-        log_token_layers(gathered, len(layers), router.scope)
+        log_token_layers(gathered, len(layers))
+    scored = layers_with_router(deciding_module(model)).values()
+    router.layers = tuple(scored)
     roles = entry_points(model)
     for module, role in roles.items():
         module.__dict__["forward"] = RoutedForward(router, module, role)

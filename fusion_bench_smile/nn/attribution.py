@@ -59,15 +59,9 @@ def _are_first_rows(first: Tensor, both: Tensor, compares_values: bool) -> bool:
     return bool(difference <= TOLERANCE * first.double().norm())
 
 
-def is_time_first(alone: LayerInputs, in_pair: LayerInputs) -> bool:
-    """Whether a layer sees the inputs of the model along the second dimension."""
-    pairs = (pair for layer in alone for pair in zip(alone[layer], in_pair.get(layer, []), strict=False))
-    return any(x.ndim > 2 and both.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]) for x, both in pairs)
-
-
-def log_token_layers(names: list[str], total: int, scope: str) -> None:
+def log_token_layers(names: list[str], total: int) -> None:
     """Say once which layers route each token by itself."""
     log.warning(
-        "routing_scope=%s: %d of %d layers route each token by itself, since their tokens can't be attributed to "
-        "inputs (first: %s)", scope, len(names), total, names[0],
+        "routing_scope=input: %d of %d layers route each token by itself, since their tokens can't be attributed to "
+        "inputs (first: %s)", len(names), total, names[0],
     )  # fmt: skip

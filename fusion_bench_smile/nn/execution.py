@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import is_uniform
-from .scoring import project_on_router, routing_weights, score_projections, select_experts
+from .scoring import expert_norms, project_on_router, routing_weights, select_experts
 
 if TYPE_CHECKING:
     from .routed import RoutedLayer
@@ -41,20 +41,19 @@ def routed_output(layer: RoutedLayer, x: Tensor) -> Tensor:
     """The output of a routed layer for x (…, in): (…, out)."""
     router, config = layer.input_router, layer.smile_config
     state = None if router is None else router.state_for(layer)
-    if router is not None and state is not None and config.execution == "merged":
-        weights = router.weights_before_layer(state, layer, x)
-        groups = None if weights is None else router.group_inputs(state, weights)
-        if groups is not None:
+    weights = None if router is None or state is None else router.weights(state, layer, x)
+    if router is not None and state is not None and weights is not None:
+        groups = router.group_inputs(state, weights) if grouping_inputs_pays(layer, x) else None
+        if groups is not None and config.execution == "merged":
             return merged(layer, x, groups)
     output = layer.plain_output(x, layer.weight, cast("Tensor | None", layer.bias))
-    if router is not None and state is not None:
-        weights = router.weights(state, layer, x, output)
-        return output if weights is None else per_input(layer, x, output, weights, router.group_inputs(state, weights))
+    if state is not None:
+        return output if weights is None else per_input(layer, x, output, weights, groups)
     projections = project_on_router(layer, x)
     if projections is None:  # one expert, or changed biases alone: all experts have the same weight
         uniform = output.new_full((*output.shape[:-1], layer.layout.num_experts), 1 / layer.layout.num_experts)
         return masked(layer, x, output, None, uniform)
-    scores = score_projections(layer, x, output, projections)
+    scores = expert_norms(projections, layer.layout.gate_ranks)
     layer.call_routing_hooks(x, scores)
     if grouping_pays(layer, x):
         return grouped(layer, x, output, projections, scores)
@@ -69,7 +68,7 @@ def is_traced() -> bool:
 
 
 def grouping_pays(layer: RoutedLayer, x: Tensor) -> bool:
-    """Whether a layer is computed expert by expert for an input (…, in).
+    """Whether the tokens of each expert are gathered for an input (…, in).
 
     ``execution="auto"`` groups on the CPU where the saved products outweigh the cost of the groups. An accelerator
     would have to wait for the sizes of the groups, and a compiler or an export does not know them.
@@ -79,15 +78,34 @@ def grouping_pays(layer: RoutedLayer, x: Tensor) -> bool:
         return False
     if config.execution != "auto":
         return config.execution == "grouped" and config.top_k < layout.num_experts and not torch.jit.is_tracing()
-    if x.device.type != "cpu" or is_traced() or config.top_k >= layout.num_experts:
+    cost = GROUP_COST if config.top_k == 1 else WEIGHTED_GROUP_COST
+    return x.device.type == "cpu" and not is_traced() and _saved_products(layer, x) > cost * _num_groups(layer, x)
+
+
+def grouping_inputs_pays(layer: RoutedLayer, x: Tensor) -> bool:
+    """Whether the inputs of each expert are computed with this expert alone, where weights are those of whole inputs.
+
+    Their groups are the same in all layers, and known from the second one on.
+    """
+    if is_traced() or layer.smile_config.execution == "masked":
         return False
-    out_features, in_features = layer.weight_matrix(layer.weight).shape
-    tokens = x.numel() // in_features
+    if layer.smile_config.execution != "auto" or layer.layout.dense_experts:
+        return True
+    return _saved_products(layer, x) > GROUP_COST * _num_groups(layer, x)
+
+
+def _num_groups(layer: RoutedLayer, x: Tensor) -> int:
+    tokens = x.numel() // layer.weight_matrix(layer.weight).shape[1]
+    return min(layer.layout.num_experts, max(1, tokens) * layer.smile_config.top_k)
+
+
+def _saved_products(layer: RoutedLayer, x: Tensor) -> float:
+    """The multiply-adds with experts that have no weight for a token of x."""
+    layout, (out_features, in_features) = layer.layout, layer.weight_matrix(layer.weight).shape
     dense = len(layout.dense_experts) * in_features * out_features
     low_rank = sum(layout.down_ranks) * in_features + sum(layout.low_ranks) * out_features
-    saved = (dense + low_rank) * (1 - config.top_k / layout.num_experts) * max(tokens, MIN_TOKENS)
-    cost = GROUP_COST if config.top_k == 1 else WEIGHTED_GROUP_COST
-    return saved > cost * min(layout.num_experts, tokens * config.top_k)
+    unused = max(0.0, 1 - layer.smile_config.top_k / layout.num_experts)
+    return (dense + low_rank) * unused * max(x.numel() // in_features, MIN_TOKENS)
 
 
 def masked(layer: RoutedLayer, x: Tensor, output: Tensor, projections: Tensor | None, weights: Tensor) -> Tensor:

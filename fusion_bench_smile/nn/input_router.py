@@ -1,9 +1,9 @@
-"""One choice of experts for each input of a model, instead of one for each token and layer (``routing_scope``).
+"""One choice of experts for each input of a model in all layers, instead of one for each token and layer.
 
-- ``sequence``: one choice in each layer, by the mean of the tokens' scores;
-- ``global``: one choice in each layer, by the scores of all layers so far;
-- ``two_pass``: one choice for all layers, by the scores of all layers in a first pass of the pretrained model alone.
-  Norms and embeddings can then be the experts' too.
+With ``routing_scope="input"`` a first pass of the pretrained model alone scores each input, by the energy that the
+router rows of each expert explain, as the mean over the first two thirds of the layers, where the pass ends. The
+input's best `top_k` experts serve it in all layers of the second pass, with the softmax of their scores as weights.
+Calibrated prototypes may take the place of the scores.
 
 Inputs are routed independently: neither the other inputs of a batch nor their order matter. Padding does not count
 where the call has an ``attention_mask``. While a model generates, the choice of the prompt is kept; that of an
@@ -12,8 +12,10 @@ encoder-decoder is made by its encoder. A layer whose tokens belong to no single
 """
 
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Literal, cast
 
@@ -21,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..config import RoutingScope, SmileConfig
-from .attribution import LayerInputs, find_token_layers, first_input, is_time_first, log_token_layers
+from ..config import SmileConfig
+from .attribution import LayerInputs, find_token_layers, first_input, log_token_layers
 from .execution import InputGroups, is_traced
 from .prototypes import Prototypes
 from .routed import RoutedLayer, routed_layers
-from .routing_policy import choose_for_all_layers, choose_in_layer, group_by_expert, observe_layer
+from .routing_policy import choose_for_all_layers, group_by_expert, observe_layer
 from .routing_state import (
     CACHE_ARGUMENTS,
     RoutingState,
@@ -42,44 +44,55 @@ from .routing_state import (
 
 ROUTER_NAME = "smile_router"  # the router's name as a submodule of the model
 # the first pass has no cache and no loss, and computes the logits of the last token of the inputs
-FIRST_PASS_ARGUMENTS = {**dict.fromkeys(CACHE_ARGUMENTS), "use_cache": False, "labels": None}
+RECORDING = ("output_attentions", "output_hidden_states")
+FIRST_PASS_ARGUMENTS = {
+    **dict.fromkeys(CACHE_ARGUMENTS), "use_cache": False, "labels": None, **dict.fromkeys(RECORDING, False),
+}  # fmt: skip
 LOGITS = ("logits_to_keep", "num_logits_to_keep")  # the second in transformers 4.48
+
+SCORED_SHARE = 2 / 3  # of the layers with a router, from the first on: the first pass ends there
 
 Role = Literal["model", "encoder", "encoder_decoder"]  # of an entry point; the experts are chosen by the first two
 Forward = Callable[..., Any]
 ChoiceHook = Callable[[RoutingState], None]
 
 
+class _FirstPassEnd(Exception):  # noqa: N818  it is no error
+    """Ends the first pass of the pretrained model after the last layer that scores inputs."""
+
+
+def can_be_interrupted(module: nn.Module) -> bool:
+    """Whether the forward of a module may end early: no hook and no wrapper of a part waits for its end.
+
+    transformers records attentions and hidden states by replacing methods until the end.
+    """
+    config = getattr(module, "config", None)
+    records = any(getattr(config, option, False) for option in RECORDING)
+    return not (is_traced() or records) and not any(
+        part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook") or "Parallel" in type(part).__name__
+        for part in module.modules()
+    )
+
+
 class InputRouter(nn.Module):
     """The router that the routed layers of one model share where experts are chosen for whole inputs.
 
-    T is the number of experts, B the number of inputs of a call. ``config.routing_scope`` is not ``token``. What a call
-    decides is in its `RoutingState`, not in the router.
+    T is the number of experts, B the number of inputs of a call. What a call decides is in its `RoutingState`, not in
+    the router.
     """
 
-    prototypes: Prototypes | None  # calibrated, their scores replace the experts' (``two_pass`` only)
-    baseline: Tensor | None  # (2, T), mean and deviation of the experts' scores of random inputs
-    own: nn.ParameterDict  # module/parameter → the experts' differences (T, …), see `expert_parameters`
+    prototypes: Prototypes | None  # calibrated, their scores replace the experts'
+    layers: tuple[RoutedLayer, ...]  # those with a router in the deciding module, in the order of the model
     token_layers: set[RoutedLayer]  # the layers whose tokens can't be attributed to inputs
 
     def __init__(self, config: SmileConfig, experts: Sequence[str]) -> None:
         super().__init__()
         self.smile_config, self.experts = config, tuple(experts)
-        self.own = nn.ParameterDict()
         self.prototypes = None
-        self.register_parameter("baseline", None)
+        self.layers = ()
         self.token_layers = set()
         self._examined: set[nn.Module] = set()  # the entry points whose layers were examined for `token_layers`
         self._choice_hooks: OrderedDict[int, ChoiceHook] = OrderedDict()
-
-    @property
-    def scope(self) -> RoutingScope:
-        """The routing scope."""
-        return self.smile_config.routing_scope
-
-    def set_baseline(self, values: Tensor) -> None:
-        """Standardise scores by mean and deviation, (2, T)."""
-        self.baseline = nn.Parameter(values, requires_grad=False)
 
     def register_choice_hook(self, hook: ChoiceHook) -> RemovableHandle:
         """Have ``hook(state)`` called at the end of every call of the model."""
@@ -101,47 +114,31 @@ class InputRouter(nn.Module):
         state = active_state(self)
         if state is None or state.num_inputs is None:
             raise RuntimeError(
-                f"routing_scope={self.scope} chooses experts for whole inputs, and a part of the model that does not "
+                "routing_scope=input chooses experts for whole inputs, and a part of the model that does not "
                 "see whole inputs was called (in a backward pass: by gradient checkpointing): call the model itself, "
                 "or name the experts by `with use_experts(model, weights)`"
             )
         has_one_choice = state.choice is not None and state.num_inputs == 1 and state.is_given
         return None if layer in self.token_layers and not (state.in_first_pass or has_one_choice) else state
 
-    def weights(self, state: RoutingState, layer: RoutedLayer, x: Tensor, output: Tensor) -> Tensor | None:
-        """The weight of each expert for each input of x: (rows, T). None in the first pass."""
+    def weights(self, state: RoutingState, layer: RoutedLayer, x: Tensor) -> Tensor | None:
+        """The weight of each expert for each input of x: (rows, T). None in the first pass, which scores the layer."""
         if state.inputs_of_layers is not None:
             state.inputs_of_layers.setdefault(layer, []).append(x.detach())
-        elif state.in_first_pass:
-            if layer not in self.token_layers:
-                observe_layer(state, self.smile_config, layer, x, output)
-        elif self.scope != "two_pass" and not state.is_given:
-            weights = choose_in_layer(state, self.smile_config, len(self.experts), layer, x, output)
-            return repeat_for_rows(weights, x.shape[0])
-        else:
-            return self.weights_before_layer(state, layer, x)
-        return None
-
-    def weights_before_layer(self, state: RoutingState, layer: RoutedLayer, x: Tensor) -> Tensor | None:
-        """The weight of each expert for each input of x: (rows, T); None if it is not known before the layer runs."""
+        elif layer in state.awaited:
+            observe_layer(state, layer, x)
+            state.awaited.remove(layer)
+            if not state.awaited and state.can_end_early:
+                raise _FirstPassEnd
         if state.in_first_pass or state.choice is None:
             return None
         layer.call_routing_hooks(x, cast(Tensor, state.scores))
         return repeat_for_rows(state.choice, x.shape[0])
 
-    def chosen_weights(self, rows: int) -> Tensor | None:
-        """The weights of a choice for all layers, repeated for the beams of each input: (rows, T). None before it."""
-        state = active_state(self)
-        if state is None or state.in_first_pass or state.choice is None:
-            return None
-        return repeat_for_rows(state.choice, rows)
-
     def group_inputs(self, state: RoutingState, weights: Tensor) -> InputGroups | None:
-        """The inputs grouped by expert. With one choice for all layers they are grouped once."""
+        """The inputs grouped by expert, once for all layers."""
         if is_traced():
             return None
-        if self.scope != "two_pass" and not state.is_given:  # an accelerator would synchronise in every layer
-            return group_by_expert(weights) if weights.device.type == "cpu" else None
         if state.groups is None or state.groups.num_inputs != len(weights):
             state.groups = group_by_expert(weights)
         return state.groups
@@ -183,13 +180,10 @@ class InputRouter(nn.Module):
         """Run an entry point, before which the experts are chosen if it is the one that decides."""
         if state.num_inputs is None and role != "encoder_decoder":
             self._begin(state, module, forward, call, arguments)
-        elif role == "encoder_decoder" and arguments.get("encoder_outputs") is not None:
-            state.encoder_output = next(tensors_in(arguments["encoder_outputs"]), None)
-            if state.num_inputs is None:
-                raise RuntimeError("encoder_outputs are not those that the encoder of this model returned: pass these")
+        elif role == "encoder_decoder" and arguments.get("encoder_outputs") is not None and state.num_inputs is None:
+            raise RuntimeError("encoder_outputs are not those that the encoder of this model returned: pass these")
         output = forward(*call.args, **call.kwargs)
         if role == "encoder":
-            state.is_decoding, state.encoder_output = True, output[0]
             keep(state.copy(), output[0])
         return output
 
@@ -201,8 +195,8 @@ class InputRouter(nn.Module):
         generation = active_generation(self)
         if torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
             raise RuntimeError(
-                f"gradient checkpointing computes layers outside of the call that chose their experts, which "
-                f"routing_scope={self.scope} does not support: call gradient_checkpointing_disable(), or use "
+                "gradient checkpointing computes layers outside of the call that chose their experts, which "
+                "routing_scope=input does not support: call gradient_checkpointing_disable(), or use "
                 "routing_scope=token"
             )
         if self.smile_config.refuse_unknown and self.prototypes is None:
@@ -215,21 +209,37 @@ class InputRouter(nn.Module):
             )
         if module not in self._examined and state.num_inputs:
             self._examine(module, forward, call, state.num_inputs)
-        if self.scope == "two_pass":
-            state.collects_features = self.prototypes is not None
-            self._run_first_pass(state, forward, call)
-            self._choose(state)
+        state.collects_features = self.prototypes is not None
+        self._score_inputs(state, module, forward, call)
 
-    def _choose(self, state: RoutingState) -> None:
-        choose_for_all_layers(state, self.smile_config, len(self.experts), self.prototypes, self.baseline)
+    def _score_inputs(
+        self, state: RoutingState, module: nn.Module, forward: Forward, call: inspect.BoundArguments
+    ) -> None:  # fmt: skip
+        """Score the inputs of a call in a first pass, up to the last layer that is needed, and choose their experts."""
+        state.awaited = set(self._scored_layers())
+        state.can_end_early = can_be_interrupted(module)
+        self._run_first_pass(state, forward, call)
+        choose_for_all_layers(state, self.smile_config, len(self.experts), self.prototypes)
+
+    def _scored_layers(self) -> list[RoutedLayer]:
+        """The layers that score inputs: the first two thirds, or as many as the prototypes were fitted to."""
+        layers = [layer for layer in self.layers if layer not in self.token_layers]
+        if self.prototypes is None:
+            return layers[: math.ceil(SCORED_SHARE * len(layers))]
+        return layers[: len(self.prototypes.scale) // (2 * len(self.experts))]
 
     @torch.no_grad()
     def _run_first_pass(self, state: RoutingState, forward: Forward, call: inspect.BoundArguments) -> None:
         call = inspect.BoundArguments(call.signature, call.arguments.copy())
         changed = FIRST_PASS_ARGUMENTS | dict.fromkeys(LOGITS, state.num_candidates + 1)
         call.arguments.update({name: changed[name] for name in changed.keys() & call.signature.parameters.keys()})
+        for name, parameter in call.signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD and name in call.arguments:
+                given = call.arguments[name]
+                call.arguments[name] = given | {key: changed[key] for key in changed.keys() & given.keys()}
         state.in_first_pass = True
-        forward(*call.args, **call.kwargs)
+        with suppress(_FirstPassEnd):
+            forward(*call.args, **call.kwargs)
         state.in_first_pass = False
 
     def _examine(self, module: nn.Module, forward: Forward, call: inspect.BoundArguments, num_inputs: int) -> None:
@@ -240,17 +250,12 @@ class InputRouter(nn.Module):
             arguments = first_input(dict(call.arguments), num_inputs, repeated=number == 2)
             with activate(RoutingState(router=self, num_inputs=number, inputs_of_layers=record)) as state:
                 self._run_first_pass(state, forward, inspect.BoundArguments(call.signature, OrderedDict(arguments)))
-        if len(self.own) and is_time_first(alone, in_pair):
-            raise RuntimeError(
-                f"expert_parameters={self.smile_config.expert_parameters} needs inputs along the first dimension, and "
-                f"{type(module).__name__} has them along the second: build the model with expert_parameters=layers"
-            )
         found = find_token_layers(alone, in_pair, compares_values=not module.training) - self.token_layers
         self._examined.add(module)
         self.token_layers |= found
         if found:
             layers = routed_layers(module)
-            log_token_layers([name for name, layer in layers.items() if layer in found], len(layers), self.scope)
+            log_token_layers([name for name, layer in layers.items() if layer in found], len(layers))
 
     def observe(self, module: nn.Module, arguments: Mapping[str, Any], collects_features: bool = False) -> RoutingState:
         """The state after the first pass of the inputs in the keyword arguments of an entry point that decides.
@@ -262,12 +267,11 @@ class InputRouter(nn.Module):
         call = _signature(type(module).forward).bind_partial(**arguments)
         with activate(state):
             take_inputs(state, module, named_arguments(call), None)
-            self._run_first_pass(state, module.forward, call)
-        self._choose(state)
+            self._score_inputs(state, module, module.forward, call)
         return state
 
     def choose(self, module: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
-        """The weights (B, T) that ``two_pass`` chooses for the inputs of an entry point that decides."""
+        """The weights (B, T) for the inputs of an entry point that decides."""
         return cast(Tensor, self.observe(module, arguments, collects_features=self.prototypes is not None).choice)
 
 

@@ -114,7 +114,7 @@ def routing_statistics(model: nn.Module) -> Iterator[dict[str, LayerStatistics]]
 def record_choices(model: nn.Module) -> Iterator[list[RoutingState]]:
     """Record the choice for the inputs of every call of a model inside the ``with`` block.
 
-    A state has ``scores`` and, with ``two_pass``, ``choice``: the weight of each expert for each input, both (B, T).
+    A state has ``scores`` and ``choice``, the weight of each expert for each input, both (B, T).
 
     Raises:
         ConfigError: The model routes each token (``routing_scope="token"``), or is no upscaled model.
@@ -128,18 +128,15 @@ def record_choices(model: nn.Module) -> Iterator[list[RoutingState]]:
 
 
 def choose_experts(model: nn.Module, **inputs: Any) -> Tensor:
-    """The weight of each expert for each input, (B, T), by a first pass of the pretrained model (``two_pass``).
+    """The weight of each expert for each input, (B, T), by a first pass of the pretrained model.
 
     `inputs` are the keyword arguments of the model, or of the encoder of an encoder-decoder. `use_experts` takes the
     result.
 
     Raises:
-        ConfigError: The model has another ``routing_scope``, or is no upscaled model.
+        ConfigError: The model routes each token (``routing_scope="token"``), or is no upscaled model.
     """
-    router = _router_for_inputs(model)
-    if router.scope != "two_pass":
-        raise ConfigError(f"routing_scope={router.scope} has no choice for all layers: build the model with two_pass")
-    return router.choose(deciding_module(model), inputs)
+    return _router_for_inputs(model).choose(deciding_module(model), inputs)
 
 
 @contextmanager
@@ -181,7 +178,7 @@ def as_expert(model: nn.Module, name: str) -> Iterator[None]:
 def _router_for_inputs(model: nn.Module) -> InputRouter:
     router = router_of(model)
     if router is None:
-        raise ConfigError("one expert for whole inputs needs another routing_scope than token, e.g. two_pass")
+        raise ConfigError("experts for whole inputs need routing_scope=input: build the model so")
     return router
 
 

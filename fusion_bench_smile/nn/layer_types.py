@@ -7,6 +7,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config import SmileConfig
 from .execution import routed_output
 from .layout import ExpertLayout
+from .quantization import store_tensors
 from .routed import DEFAULT_CONFIG, RoutedLayer
 
 
@@ -34,13 +35,21 @@ class SmileLinear(RoutedLayer, nn.Linear):
 
     def resize_outputs(self, plain: nn.Linear) -> None:
         """Take weight and bias of a plain layer with another number of outputs; the experts do not change new ones."""
-        self.weight, self.bias, self.out_features = plain.weight, plain.bias, plain.weight.shape[0]
-        for name in ("up", "dense", "dense_scale", "expert_bias"):  # their second dimension is that of the outputs
-            if (old := self._parameters[name]) is not None:
-                value = old.new_zeros(old.shape[0], self.out_features, *old.shape[2:])
-                kept = min(self.out_features, old.shape[1])
-                value[:, :kept] = old.detach()[:, :kept]
-                setattr(self, name, nn.Parameter(value, old.requires_grad))
+        sizes = plain.weight.shape[0]
+        resized = {name: rows for name in ("up", "dense") if (rows := self.rows(name)) is not None}
+        if self.expert_bias is not None:
+            resized["expert_bias"] = self.expert_bias
+        trained = {name for name, p in self._parameters.items() if p is not None and p.requires_grad}
+        resized = {name: _with_columns(rows.detach(), sizes) for name, rows in resized.items()}
+        self.weight, self.bias, self.out_features = plain.weight, plain.bias, sizes
+        for name, value in store_tensors(resized, self.smile_config.storage).items():
+            setattr(self, name, nn.Parameter(value, name in trained))
+
+
+def _with_columns(rows: Tensor, columns: int) -> Tensor:
+    """Rows (r, n, …) with another size of the second dimension; new entries are zero."""
+    kept = rows[:, :columns]
+    return torch.cat([kept, kept.new_zeros(len(rows), columns - kept.shape[1], *rows.shape[2:])], dim=1)
 
 
 class SmileConv1D(RoutedLayer, Conv1D):  # type: ignore[misc]  # both declare `weight`

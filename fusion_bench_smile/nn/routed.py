@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ..config import SmileConfig
 from .execution import routed_output
 from .layout import ExpertLayout, is_uniform
-from .quantization import ROW_TENSORS
+from .quantization import ROW_TENSORS, dequantized, stored_rows
 from .scoring import select_experts
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class RoutedLayer(nn.Module):
     - `dense` (number of dense experts, out, in): dense deltas;
     - `expert_bias` (T, out): bias deltas.
 
-    With ``storage="int8"`` the first four hold integers, and their scales are parameters such as `gate_scale`
-    (Σ gate_ranks, 1). `rows` returns dequantized rows. out and in are the sides of `weight_matrix`.
+    With ``storage="int8"`` or ``"int4"`` the first four hold integers, and their scales are parameters such as
+    `gate_scale`; see `quantization`. `rows` returns dequantized rows. out and in are the sides of `weight_matrix`.
     """
 
     plain_type: ClassVar[type[nn.Module]]  # the type of layer that the class routes
@@ -100,12 +100,12 @@ class RoutedLayer(nn.Module):
             "up": (sizes["up"], out_features), "dense": (sizes["dense"], out_features, in_features),
             "expert_bias": (layout.num_experts if layout.expert_bias else 0, out_features),
         }  # fmt: skip
-        device, dtype, small = device or self.weight.device, self.weight.dtype, config.storage == "int8"
+        device, dtype = device or self.weight.device, self.weight.dtype
         for name, shape in shapes.items():
-            quantized = small and name in ROW_TENSORS
-            self._register_zeros(name, shape, torch.int8 if quantized else dtype, device)
+            stored = stored_rows(shape, config.storage if name in ROW_TENSORS else "same", dtype)
+            self._register_zeros(name, *stored["values"], device)
             if name in ROW_TENSORS:
-                self._register_zeros(f"{name}_scale", (*shape[:-1], 1) if quantized else (0,), dtype, device)
+                self._register_zeros(f"{name}_scale", *stored.get("scales", ((0,), dtype)), device)
         self.set_config(config)
 
     def set_config(self, config: SmileConfig) -> None:
@@ -115,7 +115,7 @@ class RoutedLayer(nn.Module):
         experts. Where they reach none, the rows require no gradient: `DistributedDataParallel` would wait for it.
         """
         self.smile_config = config
-        reached = any(self.layout.shared_ranks) or (config.top_k > 1 and config.routing_scope != "two_pass")
+        reached = any(self.layout.shared_ranks) or (config.top_k > 1 and config.routing_scope == "token")
         for rows in (self._parameters["gate"], self._parameters["gate_scale"]):
             if rows is not None and rows.is_floating_point():
                 rows.requires_grad_(self.weight.requires_grad and reached)
@@ -133,8 +133,20 @@ class RoutedLayer(nn.Module):
         if stored is None or (expert is not None and not sizes[expert]):
             return None
         part = slice(None) if expert is None else slice(sum(sizes[:expert]), sum(sizes[: expert + 1]))
-        rows = stored if expert is None else stored[part]
-        return rows if rows.dtype != torch.int8 else rows.to(self.weight.dtype) * getattr(self, f"{name}_scale")[part]
+        rows, scales = stored if expert is None else stored[part], getattr(self, f"{name}_scale")
+        if scales is None:
+            return rows
+        size = self.weight_matrix(self.weight).shape[0 if name == "up" else 1]
+        return dequantized(rows, scales[part], size, self.weight.dtype)
+
+    def dequantize(self) -> None:
+        """Store the factors in the dtype of the weight."""
+        for name in ROW_TENSORS:
+            if getattr(self, f"{name}_scale") is not None:
+                rows = self.rows(name)
+                assert rows is not None
+                self._parameters[name] = nn.Parameter(rows.detach(), requires_grad=False)
+                self._parameters[f"{name}_scale"] = None
 
     def directions(self, expert: int) -> Tensor | None:
         """The right singular vectors of one expert: (rank, in); None if it has none."""
@@ -190,8 +202,16 @@ def _short(ranks: tuple[int, ...]) -> str:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """The number of parameters of a model; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """The number of parameters of a model; tied ones count once, and values that share a byte count each."""
+    counts = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    for layer in routed_layers(model).values():
+        out_features, in_features = layer.weight_matrix(layer.weight).shape
+        for name in ROW_TENSORS:
+            stored = layer._parameters[name]
+            if stored is not None and stored.dtype == torch.uint8:
+                size = out_features if name == "up" else in_features
+                counts[id(stored)] = stored.numel() // stored.shape[-1] * size
+    return sum(counts.values())
 
 
 def count_bytes(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""The policies of the routing scopes: from the scores of layers to a choice of experts for each input.
+"""The policy of routing whole inputs: from the scores of layers to a choice of experts for each input.
 
 Functions of the state of a call. B is the number of inputs, T the number of experts.
 """
@@ -11,64 +11,54 @@ from .execution import InputGroups
 from .prototypes import Prototypes
 from .routed import RoutedLayer
 from .routing_state import RoutingState, log_energy_share
-from .scoring import ENERGY_SCORES, router_scores, routing_features, routing_weights
+from .scoring import energy_shares, routing_features, routing_weights
+
+# With it the softmax of the scores is calibrated: the largest weight is the chance that the expert is that of the
+# input's task, within two points on images, sentences and prompts (docs/routing.md)
+SHARPNESS = 4.0
 
 
-def choose_in_layer(
-    state: RoutingState, config: SmileConfig, num_experts: int, layer: RoutedLayer, x: Tensor, output: Tensor
-) -> Tensor:
-    """The weights of ``sequence`` and ``global`` in one layer, (B, T), kept until the next inputs."""
-    if layer in state.layer_weights:
-        return state.layer_weights[layer]
-    token_scores, is_global = router_scores(layer, x, output), config.routing_scope == "global"
-    if token_scores is not None:
-        scores = _input_scores(state, config, token_scores, x)
-        if is_global:
-            scores = state.add_scores(scores, config.routing_score in ENERGY_SCORES)
-        layer.call_routing_hooks(x, scores)
-    elif is_global and state.scores is not None:
-        scores = state.scores  # a layer without a router follows the layers before it
-    else:
-        scores = x.new_zeros(state.num_inputs or 0, num_experts)
-    state.scores = scores
-    state.layer_weights[layer] = routing_weights(scores, config.top_k)
-    return state.layer_weights[layer]
-
-
-def observe_layer(state: RoutingState, config: SmileConfig, layer: RoutedLayer, x: Tensor, output: Tensor) -> None:
-    """Score a layer in the first pass of ``two_pass``, or collect its features."""
-    token_values = routing_features(layer, x) if state.collects_features else router_scores(layer, x, output)
-    if token_values is None:
-        return
-    if state.collects_features:
-        state.features.append(log_energy_share(state.mean_over_tokens(token_values, x)).float())
-    else:
-        scores = _input_scores(state, config, token_values, x)
-        state.scores = state.add_scores(scores, config.routing_score in ENERGY_SCORES)
+def observe_layer(state: RoutingState, layer: RoutedLayer, x: Tensor) -> None:
+    """Add the logarithms of a layer's energy shares, or its features for prototypes, in the first pass."""
+    token_values = routing_features(layer, x) if state.collects_features else energy_shares(layer, x)
+    if token_values is not None:
+        state.features.append(log_energy_share(state.mean_over_tokens(token_values)).float())
 
 
 def choose_for_all_layers(
-    state: RoutingState, config: SmileConfig, num_experts: int, prototypes: Prototypes | None, baseline: Tensor | None
+    state: RoutingState, config: SmileConfig, num_experts: int, prototypes: Prototypes | None
 ) -> None:
-    """Set the choice of ``two_pass`` after the first pass, by prototypes if it has collected features."""
-    if prototypes is not None and state.features:
-        state.scores = prototypes.scores(state.input_features)
-    elif state.scores is None:  # no layer has a router
+    """Set scores and choice after the first pass, by prototypes if there are some.
+
+    The weights of an input's `top_k` experts are the softmax of their scores: those of `spread_scores`, or the
+    prototypes' log-likelihoods.
+    """
+    if not state.features:  # no layer has a router
         state.scores = torch.zeros(state.num_inputs or 0, num_experts)
-    elif baseline is not None:
-        state.scores = (state.scores - baseline[0]) / baseline[1]
+    elif state.collects_features and prototypes is not None:
+        state.scores = prototypes.scores(state.input_features)
+    elif not state.collects_features:
+        state.scores = spread_scores(torch.stack(state.features))
+    else:  # features to fit prototypes to
+        return
     state.choice = routing_weights(state.scores, config.top_k)
     if config.refuse_unknown and prototypes is not None and state.features:
         state.choice = state.choice * prototypes.known(state.input_features)[:, None]
+
+
+def spread_scores(log_shares: Tensor) -> Tensor:
+    """How far each expert is behind an input's best one, in standard deviations over the layers: (B, T), at most zero.
+
+    Args:
+        log_shares: The logarithms of the energy shares in L layers, (L, B, T).
+    """
+    best = log_shares.mean(dim=0).argmax(dim=-1)  # (B,)
+    behind = log_shares.gather(-1, best[None, :, None].expand(len(log_shares), -1, 1)) - log_shares
+    spread = behind.std(dim=0, correction=0).clamp(min=torch.finfo(behind.dtype).eps)
+    return -SHARPNESS * behind.mean(dim=0) / spread
 
 
 def group_by_expert(weights: Tensor) -> InputGroups:
     """Group inputs by the experts that have a weight above zero for them, from weights (B, T)."""
     members = [(expert, weights[:, expert].nonzero()[:, 0]) for expert in range(weights.shape[1])]
     return InputGroups(len(weights), [(expert, inputs) for expert, inputs in members if len(inputs)])
-
-
-def _input_scores(state: RoutingState, config: SmileConfig, token_scores: Tensor, x: Tensor) -> Tensor:
-    """The scores of inputs from those of their tokens: (B, T)."""
-    scores = state.mean_over_tokens(token_scores, x)
-    return log_energy_share(scores) if config.routing_score in ENERGY_SCORES else scores

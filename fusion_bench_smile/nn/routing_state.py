@@ -38,18 +38,15 @@ class RoutingState:
     num_inputs: int | None = None  # B; None until the inputs enter, e.g. the encoder
     mask: Tensor | None = None  # (B, tokens), bool, the tokens that count; None counts all
     num_candidates: int = 0  # tokens after the prompt that an assistant proposes, in the first call of a generation
-    encoder_output: Tensor | None = None  # (B, tokens, hidden), the input of cross-attention
-    is_decoding: bool = False  # the encoder has ended; layers of the decoder are scored by its first token
     is_given: bool = False  # the user named the experts; with B = 1 for any number of inputs
     in_first_pass: bool = False  # the pretrained model alone processes the inputs, and its layers are scored
-    collects_features: bool = False  # the first pass collects features for prototypes instead of scores
+    collects_features: bool = False  # the first pass collects the features of prototypes
     inputs_of_layers: dict[RoutedLayer, list[Tensor]] | None = None  # recorded instead of scored, see `attribution`
     scores: Tensor | None = None  # that the choice rests on, (B, T)
     choice: Tensor | None = None  # the weight of each expert for each input in all layers, (B, T)
-    score_sum: Tensor | None = None  # over the layers so far, (B, T)
-    num_layers: int = 0  # in score_sum
-    features: list[Tensor] = field(default_factory=list)  # (B, 2·T) for each layer so far
-    layer_weights: dict[RoutedLayer, Tensor] = field(default_factory=dict)  # (B, T), of scopes that choose by layer
+    can_end_early: bool = False  # the first pass ends with the last of the `awaited` layers
+    awaited: set[RoutedLayer] = field(default_factory=set)  # the layers that the first pass has yet to score
+    features: list[Tensor] = field(default_factory=list)  # of each layer so far, (B, T), for prototypes (B, 2·T)
     groups: InputGroups | None = None  # the inputs by expert, for a choice that holds in all layers
 
     @property
@@ -57,30 +54,26 @@ class RoutingState:
         """The features of the inputs, of all layers so far: (B, 2·T·layers)."""
         return torch.cat(self.features, dim=-1)
 
+    @property
+    def served_by(self) -> list[str]:
+        """For each input the name of the expert with the largest weight in the choice."""
+        assert self.router is not None
+        assert self.choice is not None, "the call has not chosen"
+        return [self.router.experts[index] for index in self.choice.argmax(dim=-1).tolist()]
+
     def copy(self) -> RoutingState:
         """The decisions so far, for a call that continues the same inputs and may add others."""
-        return replace(self, encoder_output=None, features=[], layer_weights=dict(self.layer_weights))
+        return replace(self, features=[])
 
     def __deepcopy__(self, memo: Any) -> RoutingState:
         return self  # a copied cache continues the same inputs; a kept state does not change
 
-    def add_scores(self, scores: Tensor, is_energy_score: bool) -> Tensor:
-        """Add the scores (B, T) of a layer, and return those of all layers so far, (B, T).
-
-        Logarithms of shares of energy are summed, as of independent observations; other scores are averaged.
-        """
-        self.score_sum = scores if self.score_sum is None else self.score_sum + scores
-        self.num_layers += 1
-        return self.score_sum if is_energy_score else self.score_sum / self.num_layers
-
-    def mean_over_tokens(self, values: Tensor, x: Tensor) -> Tensor:
-        """The mean of values (…, n) of a layer with input x over the tokens that count of each input: (B, n)."""
+    def mean_over_tokens(self, values: Tensor) -> Tensor:
+        """The mean of values (…, n) of a layer over the tokens that count of each input: (B, n)."""
         assert self.num_inputs is not None
         if self.num_candidates and values.ndim > 2:
             values = values[:, : -self.num_candidates]
-        if not self.is_decoding or x is self.encoder_output:
-            return mean_over_tokens(values, self.num_inputs, self.mask)
-        return mean_over_tokens(values[:, :1] if values.ndim > 2 else values, self.num_inputs, None)
+        return mean_over_tokens(values, self.num_inputs, self.mask)
 
 
 # -- the states of the calls that are in progress in this thread

@@ -8,45 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import RoutingScore
 from .layout import is_uniform
 
 if TYPE_CHECKING:
     from .routed import RoutedLayer
 
-ENERGY_SCORES = ("relative", "dual")  # shares of the token's energy; layers multiply them, and average the others
 RIDGE = 0.03  # added to the diagonal of the Gram matrix of the router rows, which is 1
 
 
-def router_scores(
-    layer: RoutedLayer, x: Tensor, output: Tensor | None = None, score: RoutingScore | None = None
-) -> Tensor | None:
-    """The score of every expert for every token.
-
-    - ``"norm"``, the paper's: (Σⱼ pᵢⱼ²)^½;
-    - ``"weighted"``: (Σⱼ (sᵢⱼ/sᵢ₁)² pᵢⱼ²)^½, over the rows that are directions of the expert;
-    - ``"relative"``: Σⱼ pᵢⱼ² / ‖x‖², the share of the token's energy, independent of its size;
-    - ``"dual"``: Σⱼ cᵢⱼ² / ‖x‖² with `dual_coefficients` c;
-    - ``"output"``: (Σⱼ sᵢⱼ² pᵢⱼ²)^½ / ‖W₀x + b₀‖, the relative change of the layer's output.
+def router_scores(layer: RoutedLayer, x: Tensor) -> Tensor | None:
+    """The paper's score of every expert for every token: (Σⱼ pᵢⱼ²)^½.
 
     Args:
         layer: A routed layer.
         x: (…, in), its input.
-        output: (…, out), the pretrained layer's output for x. Only ``"output"`` needs it.
-        score: The kind of score. None takes the model's ``routing_score``.
 
     Returns:
         (…, T), float32, or float64 for float64 inputs. None without a router.
     """
     projections = project_on_router(layer, x)
-    if projections is None:
-        return None
-    return score_projections(layer, x, x if output is None else output, projections, score)
+    return None if projections is None else expert_norms(projections, layer.layout.gate_ranks)
 
 
 def project_on_router(layer: RoutedLayer, x: Tensor) -> Tensor | None:
@@ -64,29 +51,23 @@ def project_on_router(layer: RoutedLayer, x: Tensor) -> Tensor | None:
         return layer.project(x.to(dtype), gate.to(dtype))
 
 
-def score_projections(
-    layer: RoutedLayer, x: Tensor, output: Tensor, projections: Tensor, score: RoutingScore | None = None
-) -> Tensor:
-    """`router_scores` from projections (…, Σ gate_ranks) that are known: (…, T)."""
-    score = score or layer.smile_config.routing_score
-    gate_ranks = layer.layout.gate_ranks
-    if score == "norm":
-        return expert_norms(projections, gate_ranks)
-    if score in ENERGY_SCORES:
-        coefficients = projections if score == "relative" else dual_coefficients(layer, projections)
-        return expert_norms(coefficients, gate_ranks).square() / token_energies(layer, x)
-    singular_values = router_singular_values(layer).to(projections.dtype)
-    if score == "weighted":
-        return expert_norms(projections * _relative_to_first(singular_values, gate_ranks), gate_ranks)
-    output_norm = torch.linalg.vector_norm(output, dim=-1, keepdim=True, dtype=projections.dtype)
-    tiny = torch.finfo(output_norm.dtype).tiny
-    return expert_norms(projections * singular_values, gate_ranks) / output_norm.clamp(min=tiny)
+def energy_shares(layer: RoutedLayer, x: Tensor) -> Tensor | None:
+    """The share of each token's energy that an expert explains: Σⱼ cᵢⱼ² / ‖x‖² with `dual_coefficients` c.
+
+    Returns:
+        (…, T) for tokens x (…, in). None without a router.
+    """
+    projections = project_on_router(layer, x)
+    if projections is None:
+        return None
+    coefficients = dual_coefficients(layer, projections)
+    return expert_norms(coefficients, layer.layout.gate_ranks).square() / token_energies(layer, x)
 
 
 def routing_features(layer: RoutedLayer, x: Tensor) -> Tensor | None:
     """The features of tokens x (…, in) that prototypes are fitted to: (…, 2·T). None without a router.
 
-    First the score ``"dual"`` of all experts, then Σⱼ sᵢⱼ² pᵢⱼ² / ‖x‖².
+    First the `energy_shares` of all experts, then Σⱼ sᵢⱼ² pᵢⱼ² / ‖x‖².
     """
     projections = project_on_router(layer, x)
     if projections is None:
@@ -112,12 +93,31 @@ def dual_coefficients(layer: RoutedLayer, projections: Tensor) -> Tensor:
     A direction that several experts have is divided among them. Directions that all experts share, such as those of
     LoRA's random A, then say little about an input, and those of one expert alone say most.
     """
-    gate = layer.rows("gate")
-    assert gate is not None
-    gate = gate.to(projections.dtype)
     with torch.autocast(projections.device.type, enabled=False):
-        gram = gate @ gate.mT + RIDGE * torch.eye(len(gate), dtype=gate.dtype, device=gate.device)
-        return projections @ torch.linalg.inv_ex(gram).inverse  # inv_ex does not synchronise with the host
+        return projections @ _gram_inverse(layer, projections.dtype)
+
+
+_inverses: WeakKeyDictionary[RoutedLayer, tuple[tuple[object, ...], Tensor]] = WeakKeyDictionary()
+
+
+def _gram_inverse(layer: RoutedLayer, dtype: torch.dtype) -> Tensor:
+    """(GGᵀ + ridge)⁻¹ of the router rows G, which is kept until they change: (Σ gate_ranks, Σ gate_ranks)."""
+    stored, gate = layer._parameters["gate"], layer.rows("gate")
+    assert stored is not None
+    assert gate is not None
+    version: tuple[object, ...] | None = None  # none is known to a compiler, or for a tensor of inference mode
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing() or stored.is_inference() or stored.is_meta):
+        version = (id(stored), stored.data_ptr(), stored._version, stored.dtype, stored.device, dtype)
+    known = _inverses.get(layer) if version is not None else None
+    if known is not None and known[0] == version:
+        return known[1]
+    with torch.inference_mode(False), torch.no_grad():
+        gate = gate.to(dtype)
+        gram = gate @ gate.mT + RIDGE * torch.eye(len(gate), dtype=dtype, device=gate.device)
+        inverse = torch.linalg.inv_ex(gram).inverse  # inv_ex does not synchronise with the host
+    if version is not None:
+        _inverses[layer] = version, inverse
+    return inverse
 
 
 def router_singular_values(layer: RoutedLayer) -> Tensor:
@@ -148,9 +148,3 @@ def routing_weights(scores: Tensor, top_k: int) -> Tensor:
     """The weight of every expert for scores (…, T): (…, T), at most `top_k` of them not zero."""
     experts, weights = select_experts(scores, top_k)
     return torch.zeros_like(scores).scatter(-1, experts, weights)
-
-
-def _relative_to_first(values: Tensor, gate_ranks: Sequence[int]) -> Tensor:
-    """Singular values (Σ gate_ranks,) divided by the first one of their expert."""
-    blocks = values.split(list(gate_ranks))
-    return torch.cat([s / s[:1].clamp(min=torch.finfo(s.dtype).tiny) for s in blocks])

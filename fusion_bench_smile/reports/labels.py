@@ -25,17 +25,21 @@ def label_of(method: Mapping[str, Any]) -> str:
     name = target.rsplit(".", 1)[-1]
     template = LABELS.get(target) or LABELS.get(name) or name
     options = dict.fromkeys(("scaling_factor", "gate_k", "k"), "?") | dict(method)
+    if options["gate_k"] is None:
+        options["gate_k"] = options["k"]
     return template.format_map(options | {"extensions": "".join(f", {part}" for part in _extensions(method))})
 
 
 def _extensions(method: Mapping[str, Any]) -> Iterator[str]:
     """The options of SMILE that go beyond the paper."""
-    scope, ratio = method.get("routing_scope") or "token", method.get("param_ratio")
+    scope = method.get("routing_scope") or "token"
     if method.get("calibration"):
         yield f"calibrated by {method['calibration']}"
     elif scope != "token":
-        yield str(scope).replace("_", "-")
-    if ratio is not None:
+        yield f"by {scope}"
+    if (ratio := method.get("param_ratio")) is not None:
         yield f"≤{ratio:g}×"
-    if method.get("storage") == "int8":
-        yield "int8"
+    if (ratio := method.get("byte_ratio")) is not None:
+        yield f"≤{ratio:g}× bytes"
+    if method.get("storage") in ("int8", "int4"):
+        yield method["storage"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fusion_bench_smile import calibrate, metadata_of, upscale
-from fusion_bench_smile.construction import random_inputs, tensor_digest
+from fusion_bench_smile.construction import tensor_digest
 
 Model = TypeVar("Model", bound=nn.Module)
 EXPERTS = ("first", "second")
@@ -70,13 +70,12 @@ def upscaled_tower(version: int = 0, k: int = 4) -> nn.Module:
 
 @cache
 def routed_tower(version: int = 0) -> nn.Module:
-    """An upscaled vision tower with a router for whole inputs: own norms, baseline, prototypes."""
+    """An upscaled vision tower with a router for whole inputs, calibrated by prototypes."""
     base, generator = vision_tower(), torch.Generator().manual_seed(version)
-    model = upscale(
-        base, experts_of(base, version), **RANKS, routing_scope="two_pass", expert_parameters="norms",
-        noise_baseline=True,
-    )  # fmt: skip
-    calibrate(model, {name: [random_inputs(base, NUM_IMAGES, generator)] for name in EXPERTS})
+    model = upscale(base, experts_of(base, version), **RANKS, routing_scope="input", top_k=2)
+    calibrate(
+        model, {name: [{"pixel_values": torch.randn(NUM_IMAGES, 3, 28, 28, generator=generator)}] for name in EXPERTS}
+    )
     return model
 
 

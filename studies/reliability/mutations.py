@@ -53,15 +53,14 @@ DELTA_SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslor
 REPEATED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "top_k": ("top_k", (0, 1, 2, 3, -1, 1.5, 10**9, "1", True)),
     "execution": ("execution", ("grouped", "masked", "merged", "fast", "", None)),
-    "routing_score": ("score", ("weighted", "relative", "dual", "output", "other", None)),
     "storage": ("storage", ("int8", "same", "int4")),
     "routing_use_diff": ("shared_router", (True, False, 1)),
 }
 SINGLE: dict[str, tuple[Any, ...]] = {
-    "routing_scope": ("token", "sequence", "global", "two_pass", "layer"), "gate_k": (1, 2, 64, 0), "k": (1, 64, -1),
-    "average_experts": (True, False), "noise_baseline": (True, False), "param_ratio": (1.5, 0.5, None),
-    "refuse_unknown": (True, False), "expert_parameters": ("layers", "norms", "all"), "convolutions": (True,),
-    "target_modules": (["q_proj"], "(a+)+$", None), "device": ("cuda:7", "tpu", "auto"), "allocation": ("gain", "x"),
+    "routing_scope": ("token", "input", "two_pass", "layer"), "gate_k": (1, 2, 64, 0, None), "k": (1, 64, -1),
+    "average_experts": (True, False), "byte_ratio": (1.5, 0.5, None), "param_ratio": (1.5, 0.5, None),
+    "refuse_unknown": (True, False), "convolutions": (True,),
+    "target_modules": (["q_proj"], "(a+)+$", None), "device": ("cuda:7", "tpu", "auto"),
 }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ KINDS = ("modules", "functions", "folders", "adapters")
 def same_inputs(prepared: Prepared, random: Random, guilty: bool) -> Call:
     """Nothing is wrong. One may have modules where the other one has their files."""
     kinds = random.sample(("modules", "folders"), 2) if random.random() < 0.3 else [random.choice(KINDS)] * 2
-    options = random.choice((RANKS, {**RANKS, "param_ratio": 1.6, "allocation": "energy"}, {**RANKS, "k": -1}))
+    options = random.choice((RANKS, {**RANKS, "param_ratio": 1.6}, {**RANKS, "k": -1}))
     options = RANKS if "adapters" in kinds else options
     return Call(prepared.base, prepared.sources(kinds[guilty]), dict(options))
 
@@ -101,7 +101,7 @@ def other_options(prepared: Prepared, random: Random, guilty: bool) -> Call:
     """One process has another option, which may be invalid, or a budget that is too small."""
     name, value = random.choice((
         ("k", 3), ("k", 0), ("k", -1), ("gate_k", 1), ("top_k", 2), ("top_k", 3), ("param_ratio", 1.0001),
-        ("param_ratio", 1.5), ("routing_scope", "two_pass"), ("routing_score", "weighted"), ("storage", "int8"),
+        ("param_ratio", 1.5), ("routing_scope", "input"), ("storage", "int8"),
         ("average_experts", True), ("target_modules", ["q_proj"]), ("exclude_modules", ["fc1"]), ("unknown", 1),
         ("execution", "grouped"), ("device", "cpu"),
     ))  # fmt: skip

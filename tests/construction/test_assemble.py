@@ -9,7 +9,7 @@ from layers import UNIFORM, random_layer
 
 from fusion_bench_smile import SmileConfig, metadata_of, upscale
 from fusion_bench_smile.construction import set_routing
-from fusion_bench_smile.construction.assemble import build_layer, set_averages, stack_differences
+from fusion_bench_smile.construction.assemble import build_layer, set_averages
 from fusion_bench_smile.nn import RoutedLayer, router_of
 
 
@@ -29,29 +29,20 @@ def test_a_built_layer_has_the_given_tensors(trained):
     assert torch.equal(layer(x), expected(x))
 
 
-def test_differences_of_all_experts_are_stacked():
-    base = mlp()
-    changes = {"1.weight": {0: torch.ones(32), 2: torch.full((32,), 2.0)}, "1.bias": {1: torch.ones(32)}}
-    stacked = stack_differences(base, changes, 3)
-    assert stacked.keys() == {"1"}
-    assert stacked["1"]["weight"].mean(1).tolist() == [1, 0, 2]
-    assert stacked["1"]["bias"].mean(1).tolist() == [0, 1, 0]
-
-
 def test_averages_are_sums_divided_by_the_number_of_experts():
     base = mlp()
     set_averages(base, {"1.weight": torch.full((32,), 6.0)}, 3)
     assert base[1].weight.tolist() == [2.0] * 32
 
 
-@pytest.mark.parametrize("scope", ["sequence", "global", "two_pass"])
-def test_another_routing_of_a_model_is_that_of_one_built_with_it(scope):
+@pytest.mark.parametrize("changed", [{"routing_scope": "input"}, {"routing_scope": "input", "top_k": 2}])
+def test_another_routing_of_a_model_is_that_of_one_built_with_it(changed):
     base = clip_tower()
     options = {"gate_k": 2, "k": 4}
     model = upscale(base, experts_of(base), **options)
-    expected = upscale(base, experts_of(base), routing_scope=scope, routing_score="dual", **options)
+    expected = upscale(base, experts_of(base), **changed, **options)
     inputs = clip_inputs()
-    config = SmileConfig(routing_scope=scope, routing_score="dual", **options)
+    config = SmileConfig(**changed, **options)
     set_routing(model, config, metadata_of(model).experts)
     assert router_of(model).smile_config is config
     assert all(layer.smile_config is config for layer in model.modules() if isinstance(layer, RoutedLayer))

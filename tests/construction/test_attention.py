@@ -113,7 +113,7 @@ def test_one_expert_of_full_rank_is_the_expert(make: Make, names):
 
 
 @MODELS
-@pytest.mark.parametrize("scope", ["token", "two_pass"])
+@pytest.mark.parametrize("scope", ["token", "input"])
 def test_identical_experts_are_the_expert(make: Make, scope):
     base = make()
     expert = tuned(base)
@@ -122,9 +122,10 @@ def test_identical_experts_are_the_expert(make: Make, scope):
 
 
 @MODELS
-def test_saved_and_reloaded(make: Make, tmp_path: Path):
+@pytest.mark.parametrize("storage", ["same", "int4"])
+def test_saved_and_reloaded(make: Make, storage: str, tmp_path: Path):
     base = make()
-    model = upscale(base, experts_of(base, 3), **OPTIONS)
+    model = upscale(base, experts_of(base, 3), storage=storage, **OPTIONS)
     assert isinstance(model.get_submodule(ATTENTION[make]).in_proj, RoutedLayer)
     save(model, tmp_path / "model")
     loaded = load(tmp_path / "model", None if make is siglip else base).eval()

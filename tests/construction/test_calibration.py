@@ -22,7 +22,7 @@ from fusion_bench_smile import (
     upscale,
 )
 from fusion_bench_smile.construction import check_calibration
-from fusion_bench_smile.nn import count_parameters, router_of
+from fusion_bench_smile.nn import count_bytes, count_parameters, router_of
 
 NAMES = ("a", "b", "c")
 
@@ -38,7 +38,7 @@ def calibrated(count: int = 12, **options: object) -> nn.Module:
     torch.manual_seed(0)
     base = clip_tower()
     experts = dict(zip(NAMES, experts_of(base), strict=True))
-    model = upscale(base, experts, **{"k": 8, "gate_k": 4, "routing_scope": "two_pass", **options})
+    model = upscale(base, experts, **{"k": 8, "gate_k": 4, "routing_scope": "input", **options})
     calibrate(model, {name: [{"pixel_values": images(i, count)}] for i, name in enumerate(NAMES)})
     return model
 
@@ -61,16 +61,19 @@ def test_calibration_finds_the_task_and_is_saved(tmp_path: Path) -> None:
     assert metadata_of(model).provenance.parameters[1] == count_parameters(model)
 
 
-def test_a_budget_leaves_room_for_calibration() -> None:
+@pytest.mark.parametrize(
+    ("budget", "ratio", "storage"),
+    [("param_ratio", 1.9, "same"), ("byte_ratio", 1.9, "same"), ("byte_ratio", 1.25, "int4")],
+)
+def test_a_budget_leaves_room_for_calibration(budget: str, ratio: float, storage: str) -> None:
     base = clip_tower()
     experts = dict(zip(NAMES, experts_of(base), strict=True))
-    ratio, options = 1.9, {"k": 12, "gate_k": 1, "routing_scope": "two_pass"}
-    model = upscale(base, experts, param_ratio=ratio, calibration=9, **options)
+    options = {"k": 12, "gate_k": 1, "routing_scope": "input", "storage": storage}
+    model = upscale(base, experts, **{budget: ratio}, calibration=9, **options)
     calibrate(model, {name: [{"pixel_values": images(i, 9)}] for i, name in enumerate(NAMES)})
-    before, after = count_parameters(base), count_parameters(model)
-    assert after <= ratio * before
-    assert after > 0.98 * ratio * before
-    assert metadata_of(model).provenance.parameters == (before, after)
+    count = count_parameters if budget == "param_ratio" else count_bytes
+    assert 0.95 * ratio * count(base) < count(model) <= ratio * count(base)
+    assert metadata_of(model).provenance.parameters == (count_parameters(base), count_parameters(model))
 
 
 def test_inputs_are_independent_and_come_in_batches_of_any_size() -> None:
@@ -103,7 +106,7 @@ def test_unknown_inputs_get_the_pretrained_model() -> None:
 
 def test_refusal_needs_calibration() -> None:
     base = clip_tower()
-    model = upscale(base, experts_of(base), k=4, gate_k=2, routing_scope="two_pass", refuse_unknown=True)
+    model = upscale(base, experts_of(base), k=4, gate_k=2, routing_scope="input", refuse_unknown=True)
     with pytest.raises(RuntimeError, match="calibrate"):
         output(model, clip_inputs())
 
@@ -118,11 +121,11 @@ def test_refusal_needs_calibration() -> None:
 )
 def test_calibration_refuses(inputs: dict[str, list[dict[str, Tensor]]], message: str) -> None:
     base = clip_tower()
-    model = upscale(base, dict(zip(NAMES, experts_of(base), strict=True)), k=4, gate_k=2, routing_scope="two_pass")
+    model = upscale(base, dict(zip(NAMES, experts_of(base), strict=True)), k=4, gate_k=2, routing_scope="input")
     with pytest.raises(PlanError, match=message):
         calibrate(model, inputs)
     assert router_of(model).prototypes is None
-    with pytest.raises(ConfigError, match="routing_scope=two_pass"):
+    with pytest.raises(ConfigError, match="routing_scope=input"):
         calibrate(upscale(base, experts_of(base), k=4, gate_k=2), {})
 
 
@@ -132,15 +135,15 @@ def test_calibration_refuses(inputs: dict[str, list[dict[str, Tensor]]], message
         (-1, {}, "calibration=-1 is not a number"),
         (True, {}, "calibration=True is not a number"),
         ("4", {}, "calibration='4' is not a number"),
-        (4, {}, "calibration=4 needs routing_scope=two_pass; it is token"),
-        (0, {"refuse_unknown": True, "routing_scope": "two_pass"}, "refuse_unknown=true needs calibration"),
+        (4, {}, "calibration=4 needs routing_scope=input; it is token"),
+        (0, {"refuse_unknown": True, "routing_scope": "input"}, "refuse_unknown=true needs calibration"),
     ],
 )
 def test_a_number_of_inputs_that_cannot_work_is_refused(inputs, options, message) -> None:
     with pytest.raises(ConfigError, match=message):
         check_calibration(inputs, SmileConfig(**options))
     check_calibration(0, SmileConfig())
-    check_calibration(4, SmileConfig(routing_scope="two_pass", refuse_unknown=True))
+    check_calibration(4, SmileConfig(routing_scope="input", refuse_unknown=True))
 
 
 def test_a_calibrated_model_is_not_extended() -> None:

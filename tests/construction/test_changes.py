@@ -95,9 +95,6 @@ def test_nothing_is_logged_where_nothing_is_lost(caplog) -> None:
     model = upscale(base, experts, gate_k=2, k=4)
     assert provenance_of(model).unused_share == 0
     assert provenance_of(model).changes["0"].energy > 0
-    options = {"routing_scope": "two_pass", "expert_parameters": "norms"}
-    used = upscale(base, experts_of(base, 2), gate_k=2, k=4, **options)
-    assert provenance_of(used).unused_share == 0
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
@@ -216,6 +213,15 @@ def test_streaming_records_the_same_changes(tmp_path: Path, caplog) -> None:
     upscale_to_folder(tmp_path / "base", folders, tmp_path / "averaged", **options)
     mean = sum(e.model.embed_tokens.weight for e in experts.values()) / 2
     torch.testing.assert_close(load(tmp_path / "averaged").model.embed_tokens.weight, mean)
+
+
+def test_a_tied_embedding_that_stays_pretrained_is_reported(caplog) -> None:
+    base = gpt2()
+    expert = base.state_dict() | {"transformer.wte.weight": perturbed(base).transformer.wte.weight}
+    provenance = provenance_of(upscale(base, [expert | {"lm_head.weight": expert["transformer.wte.weight"]}], k=24))
+    assert provenance.unused_share == pytest.approx(0.5, rel=1e-4)  # the head uses the same change
+    assert list(provenance.largest_unused) == ["transformer.wte.weight"]
+    assert "transformer.wte.weight (50 %)" in caplog.text
 
 
 def test_a_tied_embedding_cannot_be_averaged_beside_a_routed_head() -> None:

@@ -16,6 +16,9 @@ OPTIONS = {
     "router larger": {"k": 2, "gate_k": 4, "top_k": 2},
     "separate router": {"k": 4, "gate_k": 2, "routing_use_diff": False},
     "dense": {"k": -1, "gate_k": 2},
+    "router of rank k": {"k": 4, "gate_k": None},
+    "int4": {"k": 4, "gate_k": 2, "storage": "int4"},
+    "dense int4": {"k": -1, "gate_k": 2, "storage": "int4"},
     "some layers": {"k": 4, "gate_k": 2, "exclude_modules": ["*0*"]},
 }
 

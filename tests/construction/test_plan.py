@@ -13,7 +13,7 @@ from torch import nn
 from fusion_bench_smile import ConfigError, PlanError, SmileConfig, SmileLinear, plan_upscaling, upscale
 from fusion_bench_smile.construction import estimate_seconds, make_plan
 from fusion_bench_smile.construction.plan import allocate_ranks, check_finite
-from fusion_bench_smile.nn import SmileConv2d, count_parameters
+from fusion_bench_smile.nn import SmileConv2d, count_bytes, count_parameters
 
 
 def test_modules_are_selected_by_pattern():
@@ -114,10 +114,10 @@ def test_a_plan_describes_the_layers():
     plan = make_plan(mlp(), 3, SmileConfig(gate_k=4, k=16, exclude_modules=("3",)))
     (layer,) = plan.layers
     assert (layer.name, layer.in_features, layer.out_features, layer.k, layer.gate_k) == ("0", 20, 32, 16, 4)
-    assert (layer.has_bias, layer.itemsize, layer.routed_type, layer.rank) == (True, 4, SmileLinear, 20)
+    assert (layer.has_bias, layer.dtype, layer.routed_type, layer.rank) == (True, torch.float32, SmileLinear, 20)
     assert plan.kept_layers == ("3",)
     assert plan.other_tensors == ("1.weight", "1.bias", "3.weight")
-    assert plan.parameters == count_parameters(mlp())
+    assert (plan.parameters, plan.bytes) == (count_parameters(mlp()), count_bytes(mlp()))
     convolutions = make_plan(resnet(), 3, SmileConfig(gate_k=2, k=4, convolutions=True))
     assert any(layer.routed_type is SmileConv2d for layer in convolutions.layers)
 
@@ -149,22 +149,25 @@ def test_the_summary_of_a_budget():
     assert plan.budget_summary(SmileConfig(gate_k=1, k=8)) == {}
     summary = plan.budget_summary(SmileConfig(gate_k=1, k=8, param_ratio=2.0))
     assert summary["parameters added by param_ratio, at most"] == f"{plan.parameters:,}"
-    assert summary.keys() > {"ranks of 0", "ranks of 3"}
-    energy = plan.budget_summary(SmileConfig(gate_k=1, k=8, param_ratio=2.0, allocation="energy"))
-    assert "known when the experts are factored" in energy["ranks by allocation=energy"]
-    with pytest.raises(ConfigError, match=r"param_ratio=1\.01 is too little for the router rows"):
-        plan.budget_summary(SmileConfig(gate_k=8, k=8, param_ratio=1.01))
+    assert summary["ranks"] == "known when the experts are factored, and logged"
+    summary = plan.budget_summary(SmileConfig(gate_k=1, k=8, byte_ratio=1.5))
+    assert summary["bytes added by byte_ratio, at most"] == f"{2 * plan.parameters:,}"
+    for budget in ("param_ratio", "byte_ratio"):
+        with pytest.raises(ConfigError, match=rf"{budget}=1\.01 is too little for the router rows"):
+            plan.budget_summary(SmileConfig(gate_k=8, k=8, **{budget: 1.01}))
 
 
-def test_reserved_parameters_are_taken_from_the_budget():
-    config = SmileConfig(gate_k=1, k=8, param_ratio=1.5)
+@pytest.mark.parametrize(("budget", "size"), [("param_ratio", 1), ("byte_ratio", 4)])
+def test_reserved_parameters_are_taken_from_the_budget(budget: str, size: int):
+    config = SmileConfig(gate_k=1, k=8, **{budget: 1.5})
     plan = make_plan(mlp(), 3, config)
-    spectra = [layer.nominal_spectra(3, config) for layer in plan.layers]
-    everything = allocate_ranks(spectra, plan.parameters, config)
-    reserved = allocate_ranks(spectra, plan.parameters, config, reserved=100)
-    assert sum(map(sum, reserved)) < sum(map(sum, everything))
-    with pytest.raises(ConfigError, match="lower gate_k, or raise param_ratio"):
-        allocate_ranks(spectra, plan.parameters, config, reserved=plan.parameters)
+    layers = [layer.spectra([[3.0, 2.0, 1.0]] * 3, [1] * 3, 0, config) for layer in plan.layers]
+    least = sum(layer.min_cost for layer in layers)
+    room = (plan.budget(config) - least) // size
+    assert all(sum(ranks) > 3 for ranks in allocate_ranks(plan, layers, config))
+    assert allocate_ranks(plan, layers, config, reserved=room) == [[1] * 3] * 2
+    with pytest.raises(ConfigError, match=f"lower gate_k, or raise {budget}"):
+        allocate_ranks(plan, layers, config, reserved=room + 1)
 
 
 def test_the_estimated_time_is_that_of_each_shape_once():

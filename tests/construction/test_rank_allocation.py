@@ -1,22 +1,21 @@
-"""Ranks within a budget of parameters."""
+"""Ranks within a budget of parameters or bytes."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from conftest import clip_inputs, clip_tower, experts_of, mlp, output, t5, tied_llama
+from conftest import clip_inputs, clip_tower, experts_of, gpt2, mlp, output, t5, tied_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from fusion_bench_smile import ConfigError, PlanError, add_expert, load, metadata_of, save, upscale
 from fusion_bench_smile.construction.rank_allocation import LayerSpectra, allocate, summarize_ranks
-from fusion_bench_smile.nn import RoutedLayer, count_parameters
-
-ALLOCATIONS = ("uniform", "energy", "gain")
+from fusion_bench_smile.nn import RoutedLayer, count_bytes, count_parameters, row_size
 
 
 @st.composite
@@ -30,8 +29,8 @@ def spectra(draw: st.DrawFn) -> list[LayerSpectra]:
         gate_ranks = tuple(min(draw(st.integers(0, 3)), len(squares)) for squares in energies)
         layers.append(
             LayerSpectra(
-                str(number), draw(st.integers(1, 20)), draw(st.integers(1, 20)), energies, gate_ranks,
-                draw(st.booleans()), draw(st.floats(0.1, 10.0)), draw(st.integers(0, 9)), draw(st.integers(0, 1)),
+                str(number), energies, gate_ranks, draw(st.booleans()),
+                up_cost=draw(st.integers(1, 20)), down_cost=draw(st.integers(1, 20)), bias_cost=draw(st.integers(0, 9)),
             )
         )  # fmt: skip
     return layers
@@ -41,22 +40,23 @@ def cost(layers: list[LayerSpectra], ranks: list[list[int]]) -> int:
     """Counted as the layers store the factors, not direction by direction."""
     total = 0
     for layer, layer_ranks in zip(layers, ranks, strict=True):
-        columns, rows = layer.in_features + layer.scales_per_row, layer.out_features + layer.scales_per_row
-        total += layer.num_bias_parameters + sum(layer.gate_ranks) * columns
+        total += layer.bias_cost + sum(layer.gate_ranks) * layer.down_cost
         for rank, gate_rank in zip(layer_ranks, layer.gate_ranks, strict=True):
             down_rank = rank - min(rank, gate_rank) if layer.shared_router else rank
-            total += down_rank * columns + rank * rows
+            total += down_rank * layer.down_cost + rank * layer.up_cost
     return total
 
 
-@given(layers=spectra(), budget=st.integers(0, 2000), allocation=st.sampled_from(ALLOCATIONS))
+@given(layers=spectra(), budget=st.integers(0, 2000))
 @settings(max_examples=150, deadline=None)
-def test_a_budget_is_used_and_never_exceeded(layers: list[LayerSpectra], budget: int, allocation: str) -> None:
-    if budget < sum(layer.min_parameters for layer in layers):
-        with pytest.raises(ConfigError):
-            allocate(layers, budget, allocation)
+def test_a_budget_is_used_and_never_exceeded(layers: list[LayerSpectra], budget: int) -> None:
+    least = sum(layer.min_cost for layer in layers)
+    assert least == cost(layers, [[layer.min_rank(e) for e in range(len(layer.energies))] for layer in layers])
+    if budget < least:
+        with pytest.raises(ConfigError, match=f"{least - budget:,} too many"):
+            allocate(layers, budget)
         return
-    ranks = allocate(layers, budget, allocation)
+    ranks = allocate(layers, budget)
     assert cost(layers, ranks) <= budget
     for index, (layer, layer_ranks) in enumerate(zip(layers, ranks, strict=True)):
         for expert, rank in enumerate(layer_ranks):
@@ -67,53 +67,70 @@ def test_a_budget_is_used_and_never_exceeded(layers: list[LayerSpectra], budget:
                 assert cost(layers, larger) > budget
 
 
-def test_energy_keeps_more_than_uniform_does() -> None:
+def test_the_ranks_keep_the_most_energy_of_all_with_their_cost() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def energies(scale: float) -> tuple[float, ...]:
         return tuple((scale * torch.rand(8, generator=generator)).sort(descending=True).values.tolist())
 
-    layers = [LayerSpectra(str(i), 10, 10, (energies(10.0**i), energies(1.0)), (0, 0), True, 10.0**i) for i in range(3)]
+    layers = [LayerSpectra(str(i), (energies(10.0**i), energies(1.0)), (0, 0), True, 10, 10) for i in range(3)]
 
-    def kept(allocation: str) -> float:
-        ranks = allocate(layers, 200, allocation)
+    def kept(ranks: Sequence[Sequence[int]]) -> float:
         pairs = zip(layers, ranks, strict=True)
         return sum(sum(e[:r]) for layer, layer_ranks in pairs for e, r in zip(layer.energies, layer_ranks, strict=True))
 
-    exhaustive = max(
-        sum(
-            sum(e[:r])
-            for layer, layer_ranks in zip(layers, choice, strict=True)
-            for e, r in zip(layer.energies, layer_ranks, strict=True)
-        )
-        for choice in itertools.product(list(itertools.product(range(9), repeat=2)), repeat=3)
-        if sum(map(sum, choice)) == 10
-    )
-    assert kept("energy") == pytest.approx(exhaustive)
-    assert kept("energy") > kept("uniform")
-    assert allocate(layers, 200, "gain") != allocate(layers, 200, "energy")
+    choices = itertools.product(list(itertools.product(range(9), repeat=2)), repeat=3)
+    assert kept(allocate(layers, 200)) == pytest.approx(max(kept(c) for c in choices if sum(map(sum, c)) == 10))
 
 
-@pytest.mark.parametrize("make", [clip_tower, mlp, t5, tied_llama])
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize(("ratio", "storage"), [(1.4, "same"), (1.7, "same"), (1.7, "int8")])
-def test_the_recorded_parameters_are_those_of_the_model(
-    make: Callable[[], nn.Module], allocation: str, ratio: float, storage: str
+def test_a_cheaper_direction_comes_before_one_with_little_more_energy() -> None:
+    layers = [
+        LayerSpectra("wide", ((3.0, 1.5),), (0,), True, up_cost=20, down_cost=10),
+        LayerSpectra("narrow", ((2.0, 1.0, 0.4),), (0,), True, up_cost=5, down_cost=5),
+    ]
+    assert allocate(layers, 20) == [[0], [2]]
+    assert allocate(layers, 50) == [[1], [2]]
+    assert allocate(layers, 59) == [[1], [2]]
+    assert allocate(layers, 60) == [[1], [3]]
+
+
+BUDGETS = [
+    ("param_ratio", 1.4, "same"), ("param_ratio", 1.7, "same"), ("param_ratio", 1.7, "int8"),
+    ("param_ratio", 1.7, "int4"), ("byte_ratio", 1.5, "same"), ("byte_ratio", 1.25, "int8"),
+    ("byte_ratio", 1.15, "int4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [clip_tower, mlp, t5, tied_llama, gpt2])
+@pytest.mark.parametrize(("budget", "ratio", "storage"), BUDGETS)
+@pytest.mark.parametrize("shared_router", [True, False])
+def test_a_budget_is_that_of_the_model(
+    make: Callable[[], nn.Module], budget: str, ratio: float, storage: str, shared_router: bool
 ) -> None:
-    base = make()
-    model = upscale(base, experts_of(base), k=12, gate_k=1, param_ratio=ratio, allocation=allocation, storage=storage)
-    before, after = count_parameters(base), count_parameters(model)
-    assert after <= ratio * before
-    assert metadata_of(model).provenance.parameters == (before, after)
+    base, options = make(), {"storage": storage, "routing_use_diff": shared_router}
+    model = upscale(base, experts_of(base), k=12, gate_k=1, **{budget: ratio}, **options)
+    assert metadata_of(model).provenance.parameters == (count_parameters(base), count_parameters(model))
+    in_bytes = budget == "byte_ratio"
+    count = count_bytes if in_bytes else count_parameters
+    assert count(model) <= ratio * count(base)
     layers = [module for module in model.modules() if isinstance(module, RoutedLayer)]
     if any(max(layer.layout.ranks) < 12 for layer in layers):  # the budget was the limit
-        largest_cost = max(layer.weight.shape[0] + layer.weight.shape[1] for layer in layers)
-        assert after > ratio * before - 2 * largest_cost
+        sizes = [[row_size(n, storage, torch.float32, in_bytes) for n in layer.weight.shape] for layer in layers]
+        largest = max(map(sum, sizes))
+        assert count(model) > ratio * count(base) - 2 * largest
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("storage", ["same", "int8", "int4"])
+def test_bytes_are_those_of_the_models_dtype(dtype: torch.dtype, storage: str) -> None:
+    base = clip_tower().to(dtype)
+    model = upscale(base, experts_of(base), k=12, gate_k=1, byte_ratio=1.5, storage=storage)
+    assert 1.47 * count_bytes(base) < count_bytes(model) <= 1.5 * count_bytes(base)
 
 
 def test_ranks_that_differ_are_stored_as_they_are(tmp_path) -> None:
     base = clip_tower()
-    model = upscale(base, experts_of(base), k=12, gate_k=2, param_ratio=1.6, allocation="energy")
+    model = upscale(base, experts_of(base), k=12, gate_k=2, param_ratio=1.6)
     layouts = [module.layout for module in model.modules() if isinstance(module, RoutedLayer)]
     assert len({rank for layout in layouts for rank in layout.ranks}) > 1
     for layer in (module for module in model.modules() if isinstance(module, RoutedLayer)):
@@ -128,7 +145,7 @@ def test_a_budget_gives_prefixes_of_the_full_ranks() -> None:
     base = mlp()
     experts = experts_of(base)
     full = upscale(base, experts, k=12, gate_k=2)
-    fitted = upscale(base, experts, k=12, gate_k=2, param_ratio=1.9, allocation="energy")
+    fitted = upscale(base, experts, k=12, gate_k=2, param_ratio=1.9)
     for name, layer in fitted.named_modules():
         if isinstance(layer, RoutedLayer):
             whole = full.get_submodule(name)
@@ -140,14 +157,6 @@ def test_a_budget_gives_prefixes_of_the_full_ranks() -> None:
     assert all(a <= b + 1e-6 for name in energy for a, b in zip(energy[name], largest[name], strict=True))
 
 
-def test_expert_parameters_and_noise_baseline_are_within_the_budget() -> None:
-    base = clip_tower()
-    options = {"routing_scope": "two_pass", "expert_parameters": "all", "noise_baseline": True}
-    model = upscale(base, experts_of(base), k=12, gate_k=1, param_ratio=1.6, **options)
-    assert count_parameters(model) <= 1.6 * count_parameters(base)
-    assert metadata_of(model).provenance.parameters[1] == count_parameters(model)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -157,8 +166,13 @@ def test_expert_parameters_and_noise_baseline_are_within_the_budget() -> None:
         ({"param_ratio": "1.5"}, "above 1"),
         ({"param_ratio": 1.5, "k": -1}, "k=-1"),
         ({"param_ratio": 1.5, "gate_k": 16, "k": 8}, "above k=8"),
-        ({"allocation": "best"}, "allocation='best'"),
-        ({"storage": "int4"}, "storage='int4'"),
+        ({"param_ratio": 1.5, "gate_k": None}, "param_ratio needs a gate_k"),
+        ({"byte_ratio": 1.01, "gate_k": 8}, r"byte_ratio=1\.01 is too little for the router rows .* bytes: gate_k=8"),
+        ({"byte_ratio": 0.9}, r"byte_ratio=0\.9 is not a number above 1"),
+        ({"byte_ratio": 1.5, "k": -1}, "byte_ratio allocates ranks up to k"),
+        ({"byte_ratio": 1.5, "gate_k": None}, "byte_ratio needs a gate_k"),
+        ({"byte_ratio": 1.5, "param_ratio": 1.5}, "param_ratio and byte_ratio are two budgets of one model"),
+        ({"storage": "int2"}, "storage='int2' is not one of same, int8, int4"),
     ],
 )
 def test_budgets_that_cannot_work_are_refused(options: dict[str, object], message: str) -> None:
@@ -167,15 +181,28 @@ def test_budgets_that_cannot_work_are_refused(options: dict[str, object], messag
         upscale(base, experts_of(base), **{"k": 8, "gate_k": 2, **options})
 
 
-def test_a_model_with_a_budget_is_not_extended() -> None:
+def test_the_budget_that_a_message_names_is_the_least() -> None:
+    base = clip_tower()
+    for budget, storage in itertools.product(("param_ratio", "byte_ratio"), ("same", "int8", "int4")):
+        options = {"k": 8, "gate_k": 8, "storage": storage}
+        with pytest.raises(ConfigError) as error:
+            upscale(base, experts_of(base), **options, **{budget: 1.0001})
+        needed = float(re.search(r"gate_k=8 needs ([\d.]+);", str(error.value))[1])
+        upscale(base, experts_of(base), **options, **{budget: needed + 0.0005})  # the message is rounded
+        with pytest.raises(ConfigError, match="too little"):
+            upscale(base, experts_of(base), **options, **{budget: needed - 0.0005})
+
+
+@pytest.mark.parametrize("budget", ["param_ratio", "byte_ratio"])
+def test_a_model_with_a_budget_is_not_extended(budget: str) -> None:
     base = mlp()
-    model = upscale(base, experts_of(base), k=8, gate_k=1, param_ratio=1.8)
-    with pytest.raises(PlanError, match="param_ratio can't be changed"):
+    model = upscale(base, experts_of(base), k=8, gate_k=1, **{budget: 1.8})
+    with pytest.raises(PlanError, match=f"{budget} can't be changed"):
         add_expert(model, experts_of(base, 4)[-1], "more")
 
 
 def test_the_summary_groups_layers_by_the_last_part_of_their_names():
-    layers = [LayerSpectra(name, 4, 4, ((), ()), (0, 0), True, 1.0) for name in ("0.fc1", "1.fc1", "0.q_proj")]
+    layers = [LayerSpectra(name, ((), ()), (0, 0), True, 4, 4) for name in ("0.fc1", "1.fc1", "0.q_proj")]
     assert summarize_ranks(layers, [[1, 2], [3, 4], [5, 5]]) == {
         "fc1": "1 to 4, mean 2.5", "q_proj": "5 to 5, mean 5.0",
     }  # fmt: skip

@@ -72,21 +72,28 @@ def test_arguments_that_cannot_work_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_int8_factors_and_a_choice_for_whole_inputs(tmp_path) -> None:
+@pytest.mark.parametrize("options", [{"storage": "int8"}, {"storage": "int4"}, {"storage": "int4", "k": -1}])
+def test_factors_in_few_bits_and_a_choice_for_whole_inputs(options, tmp_path) -> None:
     base = clip_tower()
     base.save_pretrained(tmp_path / "base")
     for number, expert in enumerate(experts_of(base)):
         expert.save_pretrained(tmp_path / str(number))
     experts = {str(number): tmp_path / str(number) for number in range(3)}
-    upscale_to_folder(
-        tmp_path / "base", experts, tmp_path / "out", k=8, gate_k=4, storage="int8", routing_scope="two_pass"
-    )
-    model = upscale(base, experts, k=8, gate_k=4, storage="int8", routing_scope="two_pass")
-    inputs = clip_inputs()
-    assert torch.equal(output(load(tmp_path / "out").eval(), inputs), output(model, inputs))
-    with pytest.raises(ConfigError, match=r"param_ratio=1\.5 needs the whole model"):
-        upscale_to_folder(tmp_path / "base", experts, tmp_path / "out2", k=8, gate_k=1, param_ratio=1.5)
-    assert not (tmp_path / "out2").exists()
+    options = {"k": 8, "gate_k": 4, "routing_scope": "input", **options}
+    upscale_to_folder(tmp_path / "base", experts, tmp_path / "out", **options)
+    model, loaded, inputs = upscale(base, experts, **options), load(tmp_path / "out").eval(), clip_inputs()
+    assert torch.equal(output(loaded, inputs), output(model, inputs))
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert metadata_of(loaded) == metadata_of(model)
+
+
+@pytest.mark.parametrize("budget", ["param_ratio", "byte_ratio"])
+def test_a_budget_needs_the_whole_model(budget: str, tmp_path) -> None:
+    base = clip_tower()
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match=rf"{budget}=1\.5 needs the whole model"):
+        upscale_to_folder(tmp_path / "base", {"a": tmp_path / "base"}, tmp_path / "out", k=8, gate_k=1, **{budget: 1.5})
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_metadata_is_that_of_upscaling_in_memory(tmp_path):

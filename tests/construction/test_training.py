@@ -17,10 +17,10 @@ from fusion_bench_smile.construction.assemble import set_routing
 from fusion_bench_smile.io import metadata_of
 from fusion_bench_smile.nn import routed_layers
 
-SCOPES = ["token", "sequence", "global", "two_pass"]
+SCOPES = ["token", "input"]
 OPTIONS = [
     {"k": 4}, {"k": -1}, {"k": 4, "routing_use_diff": False}, {"k": -1, "routing_use_diff": False},
-    {"k": 4, "routing_use_diff": False, "storage": "int8"},
+    {"k": 4, "routing_use_diff": False, "storage": "int8"}, {"k": 4, "storage": "int4"},
 ]  # fmt: skip
 
 
@@ -38,18 +38,18 @@ def test_parameters_that_require_a_gradient_get_one(options: dict, scope: str, t
     model(torch.randn(200, 20)).square().sum().backward()  # enough inputs for all experts
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
-    weighs = top_k > 1 and scope != "two_pass"
+    weighs = top_k > 1 and scope == "token"
     directions = options["k"] > 0 and options.get("routing_use_diff", True)
-    rows = "gate_scale" if options.get("storage") == "int8" else "gate"
+    rows = {"int8": "gate_scale"}.get(options.get("storage"), "gate")
     for layer in routed_layers(model).values():
-        assert getattr(layer, rows).requires_grad == (weighs or directions)
+        assert getattr(layer, rows).requires_grad == ((weighs or directions) and options.get("storage") != "int4")
 
 
 def test_other_options_for_routing_change_what_is_trained() -> None:
     model = upscaled(k=-1, top_k=2)
     layer, metadata = next(iter(routed_layers(model).values())), metadata_of(model)
     assert layer.gate.requires_grad
-    set_routing(model, upscaled_config(metadata.config, routing_scope="two_pass"), metadata.experts)
+    set_routing(model, upscaled_config(metadata.config, routing_scope="input"), metadata.experts)
     assert not layer.gate.requires_grad
     set_routing(model, metadata.config, metadata.experts)
     assert layer.gate.requires_grad
@@ -78,7 +78,7 @@ def test_a_loaded_model_requires_the_same_gradients(options: dict, tmp_path: Pat
 
 def train(rank: int, size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    for options in ({"k": -1}, {"k": 4, "routing_use_diff": False}, {"k": 4, "routing_scope": "two_pass"}):
+    for options in ({"k": -1}, {"k": 4, "routing_use_diff": False}, {"k": 4, "routing_scope": "input"}):
         train_two_steps(upscaled(**options))
     dist.destroy_process_group()  # a DistributedDataParallel that outlives its group may block
 

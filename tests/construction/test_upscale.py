@@ -99,6 +99,17 @@ def test_bias_changes_belong_to_the_expert_also_without_a_weight_change():
     torch.testing.assert_close(both[0].expert_bias[0], torch.ones(32, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("options", [{}, {"routing_use_diff": False}, {"storage": "int4", "routing_scope": "input"}])
+@pytest.mark.parametrize("k", [4, 16])  # the second layer has 12 outputs
+def test_without_a_rank_of_the_router_it_is_that_of_the_experts(k, options):
+    base, inputs = mlp(), mlp_inputs()
+    model, expected = (upscale(base, experts_of(base), gate_k=gate_k, k=k, **options) for gate_k in (None, k))
+    assert_same_state(model, state(expected))
+    assert torch.equal(output(model, inputs), output(expected, inputs))
+    if options.get("routing_use_diff", True):
+        assert all(layer.down is None for layer in (model[0], model[3]))  # the router shares all directions
+
+
 def test_average_experts_averages_the_other_parameters():
     base = t5()
     experts = experts_of(base)

@@ -93,6 +93,8 @@ def test_the_frameworks_own_options_are_accepted(workplace):
 OPTIONS = {
     "method.gatek=3": "unknown option method.gatek (did you mean 'gate_k'?)",
     "+method.gatek=3": "unknown option 'gatek' (did you mean 'gate_k'?)",
+    "+method.routing_score=dual": "the option routing_score was removed: ",
+    "method.routing_scope=two_pass": "routing_scope=two_pass is now routing_scope=input",
     "method.k=0": "k=0: an expert needs a rank of at least 1",
     "method.gate_k=0": "gate_k=0: the router needs a rank of at least 1",
     "method.k=33": "k=33 is more than any layer allows; the largest possible is 32",
@@ -249,8 +251,8 @@ def test_other_hydra_applications_are_left_alone(tmp_path):
 
 
 BEYOND_THE_PAPER = [
-    "method.routing_scope=two_pass", "method.routing_score=dual", "method.top_k=2", "method.expert_parameters=norms",
-    "method.calibration=8", "method.param_ratio=1.2", "method.allocation=energy", "method.storage=int8",
+    "method.routing_scope=input", "method.top_k=2", "method.calibration=8", "method.byte_ratio=1.2",
+    "method.storage=int4",
 ]  # fmt: skip
 
 
@@ -280,10 +282,10 @@ def test_a_dry_run_says_what_would_be_done_and_stops(tmp_path):
 
 def test_a_dry_run_says_what_a_budget_buys(tmp_path):
     budget = ["method.dry_run=true", "method.gate_k=2", "method.k=8", "taskpool=dummy"]
-    completed = Workplace(tmp_path).run(*budget, "method.param_ratio=2.0")
+    completed = Workplace(tmp_path).run(*budget, "method.byte_ratio=2.0")
     assert completed.returncode == 0, completed.stderr[-3000:]
-    assert re.search(r"ranks of q_proj\W+\d+ to \d+, mean \d", completed.stdout)
-    assert "parameters added by param_ratio" in completed.stdout
+    assert re.search(r"ranks\W+known when the experts are factored", completed.stdout)
+    assert "bytes added by byte_ratio" in completed.stdout
     fails_with(Workplace(tmp_path).run(*budget, "method.param_ratio=1.01"), "lower gate_k, or raise param_ratio")
 
 

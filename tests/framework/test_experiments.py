@@ -87,8 +87,8 @@ def test_published_results_belong_to_the_real_experiments(experiment):
     [
         (["+experiment=smile_run", "method=task_arithmetic"], "outputs/runs/method=task_arithmetic"),
         (["+experiment=smile_run", "method=dummy", "fabric.devices=2", "path.output_dir=o"], "o/runs/method=dummy"),
-        (["+experiment=smile_embedded/strong", "+smile_row=smile"], "outputs/embedded-strong/smile_row=smile"),
-        (["+experiment=smile_embedded/strong"], "outputs/embedded-strong/default"),
+        (["+experiment=smile_embedded/gentle", "+smile_row=smile"], "outputs/embedded-gentle/smile_row=smile"),
+        (["+experiment=smile_embedded/gentle"], "outputs/embedded-gentle/default"),
         (
             ["+experiment=smile_grid", "method.k=8", "modelpool=SmileText/full"],
             "outputs/grid/method.k=8,modelpool=SmileText-full",

@@ -118,7 +118,7 @@ def stored_set(file: Path, pixels: torch.Tensor) -> dict[str, object]:
 def test_calibrates_with_the_pools_training_sets(tmp_path, caplog):
     base = clip_tower()
     models = {"_pretrained_": base, **dict(zip("ab", experts_of(base, 2), strict=True))}
-    options = {"gate_k": 2, "k": 4, "routing_scope": "two_pass", "param_ratio": 1.9}
+    options = {"gate_k": 2, "k": 4, "routing_scope": "input", "param_ratio": 1.9}
     images = {name: torch.randn(9, 3, 28, 28) + number for number, name in enumerate("ab")}
     sets = {name: stored_set(tmp_path / f"{name}.parquet", pixels) for name, pixels in images.items()}
     pool = BaseModelPool(models, train_datasets=sets)
@@ -136,14 +136,14 @@ def test_calibrates_with_the_pools_training_sets(tmp_path, caplog):
 def test_calibration_refuses_what_it_can_not_do():
     base = clip_tower()
     models = {"_pretrained_": base, **dict(zip("ab", experts_of(base, 2), strict=True))}
-    options = {"gate_k": 2, "k": 4, "routing_scope": "two_pass"}
+    options = {"gate_k": 2, "k": 4, "routing_scope": "input"}
     with pytest.raises(PlanError, match=r"calibration needs train_datasets\.a in the model pool"):
         SmileUpscalingAlgorithm(**options, calibration=4).run(BaseModelPool(models))
     strange = {name: data_set(sound=[1, 2]) for name in "ab"}
     models["b"].vision_model.encoder.layers[0].mlp.fc1.weight.data[0, 0] = torch.nan  # found when it is factored
     with pytest.raises(PlanError, match="training examples of 'a' have sound"):
         SmileUpscalingAlgorithm(**options, calibration=4).run(BaseModelPool(models, train_datasets=strange))
-    with pytest.raises(ConfigError, match="calibration=4 needs routing_scope=two_pass"):
+    with pytest.raises(ConfigError, match="calibration=4 needs routing_scope=input"):
         SmileUpscalingAlgorithm(calibration=4)
     with pytest.raises(ConfigError, match="calibration=-1 is not a number"):
         SmileUpscalingAlgorithm(**options, calibration=-1)
@@ -155,6 +155,8 @@ def test_refusals():
     base = mlp()
     with pytest.raises(ConfigError, match=r"did you mean 'gate_k'"):
         SmileUpscalingAlgorithm(gatek=3)
+    with pytest.raises(ConfigError, match="the option expert_parameters was removed: norms and embeddings are"):
+        SmileUpscalingAlgorithm(expert_parameters="norms")
     with pytest.raises(PlanError, match="no '_pretrained_' model; it has: a"):
         SmileUpscalingAlgorithm().run({"a": base})
     with pytest.raises(PlanError, match="no experts"):

@@ -191,7 +191,7 @@ def test_what_is_no_folder_is_no_checkpoint(tmp_path):
 
 def test_the_metadata_survives(tmp_path):
     for architecture in ("clip", "mlp"):
-        model, _ = upscaled(architecture, routing_scope="two_pass")
+        model, _ = upscaled(architecture, routing_scope="input")
         save(model, tmp_path / architecture)
         pretrained = mlp() if architecture == "mlp" else None
         assert metadata_of(load(tmp_path / architecture, pretrained)) == metadata_of(model)

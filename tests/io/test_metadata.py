@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import MINIMAL
-from conftest import clip_tower, experts_of, mlp, output, t5, t5_inputs
+from conftest import clip_inputs, clip_tower, experts_of, mlp, output, t5, t5_inputs
 from torch import nn
 
 from fusion_bench_smile import (
@@ -28,6 +29,7 @@ from fusion_bench_smile import (
 from fusion_bench_smile.io import Provenance, SmileMetadata
 from fusion_bench_smile.io.metadata import FORMAT_VERSION, describe_model
 from fusion_bench_smile.nn import DENSE, ExpertLayout, RoutedLayer, count_parameters, router_of
+from fusion_bench_smile.nn.input_router import SCORED_SHARE
 
 
 def provenance_of(model: nn.Module) -> Provenance:
@@ -110,9 +112,8 @@ def test_adding_and_removing_experts_keeps_the_provenance():
 
 FULL = SmileMetadata(
     config=SmileConfig(
-        gate_k=2, k=4, top_k=2, routing_scope="two_pass", routing_score="dual", execution="masked", storage="int8",
-        target_modules=("*.fc1", "*.fc2"), exclude_modules=("*.0.fc2",), noise_baseline=True, param_ratio=1.5,
-        expert_parameters="norms",
+        gate_k=2, k=4, top_k=2, routing_scope="input", execution="masked", storage="int8",
+        target_modules=("*.fc1", "*.fc2"), exclude_modules=("*.0.fc2",), param_ratio=1.5,
     ),
     experts=("red", "green"),
     layouts={
@@ -122,9 +123,7 @@ FULL = SmileMetadata(
     provenance=Provenance(
         {"0.fc1": [0.5, 1.0], "1.fc2": [1.0, 0.25]}, {"red": "ab", "green": "cd"}, (100, 150), {"x": "1"}
     ),
-    has_baseline=True,
     prototypes=(8, 3),
-    expert_parameters={"norm": ["weight", "bias"]},
     loading="import it",
 )  # fmt: skip
 
@@ -139,14 +138,13 @@ def test_json_values_and_back_are_the_identity():
 def test_the_keys_of_format_3():
     values = FULL.to_dict()
     assert FORMAT_VERSION == values["format_version"] == 3
-    assert list(values) == ["layers", "experts", "options", "recipe", "router", "own", "format_version", "needs"]
+    assert list(values) == ["layers", "experts", "options", "recipe", "router", "format_version", "needs"]
     assert values["layers"]["0.fc1"] == {
         "ranks": [4, 0], "gate_ranks": [2, 0], "top_k": 2, "shared_router": True, "expert_bias": True,
-        "execution": "masked", "score": "dual", "storage": "int8",
+        "execution": "masked", "storage": "int8",
     }  # fmt: skip
     assert values["options"] == json.loads(json.dumps(FULL.config.to_dict()))
-    assert values["router"] == {"baseline": True, "prototypes": [8, 3]}
-    assert values["own"] == {"norm": ["weight", "bias"]}
+    assert values["router"] == {"prototypes": [8, 3]}
     assert values["needs"] == "import it"
     assert values["recipe"] == {
         "energy": FULL.provenance.energy, "sources": FULL.provenance.sources, "parameters": [100, 150],
@@ -159,14 +157,14 @@ def test_defaults_of_what_a_checkpoint_leaves_out():
     assert metadata.config == SmileConfig(gate_k=1, k=2)  # without the device of the machine that wrote it
     assert metadata.experts == ("a", "b")
     assert metadata.provenance == Provenance({}, {}, (0, 0), {})
-    assert (metadata.has_baseline, metadata.prototypes, metadata.expert_parameters) == (False, None, {})
+    assert metadata.prototypes is None
     assert metadata.to_dict()["router"] == {}
     assert metadata.to_dict()["recipe"]["calibrated"] == 0
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("top_k", 2), ("execution", "masked"), ("score", "dual"), ("storage", "int8"), ("shared_router", False)],
+    [("top_k", 2), ("execution", "masked"), ("storage", "int8"), ("storage", "int4"), ("shared_router", False)],
 )
 def test_a_layer_that_contradicts_the_options_is_refused(key, value, tmp_path):
     values = copy.deepcopy(MINIMAL)
@@ -191,10 +189,45 @@ def test_other_formats_are_refused(version, remedy):
         SmileMetadata.from_dict({**MINIMAL, "format_version": version})
 
 
+# -- checkpoints of earlier versions
+
+OLD_OPTIONS = {
+    "routing_score": "dual", "noise_baseline": False, "expert_parameters": "layers", "allocation": "gain",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scope", ["token", "two_pass", "global", "sequence"])
+def test_removed_options_of_an_older_checkpoint_are_left_out(scope, tmp_path):
+    base, inputs = clip_tower(), clip_inputs()
+    model = upscale(base, experts_of(base), gate_k=2, k=4, routing_scope="token" if scope == "token" else "input")
+    save(model, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    section = config["quantization_config"]
+    section["options"] |= OLD_OPTIONS | {"routing_scope": scope}
+    del section["options"]["byte_ratio"]
+    for layer in section["layers"].values():
+        layer["score"] = "dual"
+    section |= {"own": {}, "router": {} if scope == "token" else {"baseline": False, "prototypes": None}}
+    file.write_text(json.dumps(config))
+    loaded = load(tmp_path / "model").eval()
+    assert metadata_of(loaded) == metadata_of(model)
+    assert torch.equal(output(loaded, inputs), output(model, inputs))
+
+
+@pytest.mark.parametrize(
+    ("values", "option"),
+    [({"own": {"norm": ["weight"]}}, "expert_parameters"), ({"router": {"baseline": True}}, "noise_baseline")],
+)
+def test_removed_parameters_of_an_older_checkpoint_are_refused(values, option):
+    with pytest.raises(CheckpointError, match=f"^folder was saved with {option}, which was removed: build the model"):
+        SmileMetadata.from_dict({**MINIMAL, **values}, "folder")
+
+
 # -- one object
 
 
-OPTIONS = [{}, {"routing_scope": "sequence"}, {"routing_scope": "two_pass", "top_k": 2, "expert_parameters": "norms"}]
+OPTIONS = [{}, {"routing_scope": "input", "top_k": 2}, {"gate_k": None, "storage": "int4"}]
 
 
 def assert_one_config(model: nn.Module) -> None:
@@ -218,7 +251,7 @@ def assert_one_config(model: nn.Module) -> None:
 @pytest.mark.parametrize("make", [clip_tower, t5, mlp])
 def test_layers_router_and_metadata_share_one_config(make, options, tmp_path):
     base = make()
-    model = upscale(base, experts_of(base), gate_k=2, k=4, **options)
+    model = upscale(base, experts_of(base), **{"gate_k": 2, "k": 4, **options})
     assert_one_config(model)
     copied = copy.deepcopy(model)
     assert_one_config(copied)
@@ -229,30 +262,26 @@ def test_layers_router_and_metadata_share_one_config(make, options, tmp_path):
     assert_one_config(copy.deepcopy(loaded))
     if make is not mlp:
         assert_one_config(type(base).from_pretrained(tmp_path / "model"))
-    if "expert_parameters" not in options:
-        larger = add_expert(loaded, experts_of(base, 4)[-1], "more")
-        assert_one_config(larger)
-        assert_one_config(remove_expert(larger, "0"))
-        assert_one_config(loaded)
+    larger = add_expert(loaded, experts_of(base, 4)[-1], "more")
+    assert_one_config(larger)
+    assert_one_config(remove_expert(larger, "0"))
+    assert_one_config(loaded)
 
 
 def test_calibration_keeps_the_config():
     base = clip_tower()
-    model = upscale(base, dict(zip("ab", experts_of(base, 2), strict=True)), gate_k=2, k=4, routing_scope="two_pass")
+    model = upscale(base, dict(zip("ab", experts_of(base, 2), strict=True)), gate_k=2, k=4, routing_scope="input")
     config = metadata_of(model).config
     calibrate(model, {name: [{"pixel_values": torch.randn(5, 3, 28, 28)}] for name in "ab"})
     assert_one_config(model)
     assert metadata_of(model).config is config
-    assert metadata_of(model).prototypes == (2 * 2 * 12, 8)
+    assert metadata_of(model).prototypes == (2 * 2 * math.ceil(12 * SCORED_SHARE), 8)
     assert metadata_of(model).to_dict()["recipe"]["calibrated"] == count_parameters(router_of(model).prototypes)
 
 
 def test_a_description_is_the_metadata():
     base = t5()
-    options = {"routing_scope": "two_pass", "expert_parameters": "all", "noise_baseline": True}
-    model = upscale(base, experts_of(base), gate_k=2, k=4, **options)
+    model = upscale(base, experts_of(base), gate_k=2, k=4, routing_scope="input")
     output(model, t5_inputs())
     metadata = metadata_of(model)
     assert describe_model(model, metadata.config, metadata.experts, metadata.provenance) == metadata
-    assert metadata.has_baseline
-    assert metadata.expert_parameters

@@ -31,7 +31,7 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("first", ["a", "z"])  # safetensors stores the first name of a tensor in alphabetical order
 @pytest.mark.parametrize("tied", ["module", "weight", "nothing"])
-@pytest.mark.parametrize("options", [{}, {"storage": "int8"}, {"routing_scope": "two_pass"}])
+@pytest.mark.parametrize("options", [{}, {"storage": "int8"}, {"storage": "int4", "routing_scope": "input"}])
 def test_all_names_come_back(first: str, tied: str, options: dict, tmp_path: Path) -> None:
     base = Twice(first, tied)
     model = upscale(base, experts_of(base, 2, scale=0.3), gate_k=2, k=12, **options)

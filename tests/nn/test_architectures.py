@@ -19,7 +19,7 @@ from fusion_bench_smile import as_expert, upscale
 from fusion_bench_smile.io import save
 from fusion_bench_smile.nn import routed_layers, router_of
 
-SCOPES = ("token", "sequence", "global", "two_pass")
+SCOPES = ("token", "input")
 RECENT = Version(transformers.__version__) >= Version("4.50")
 GENERATING = [architecture for architecture in ARCHITECTURES if architecture.generates]
 RELOAD = """
@@ -84,7 +84,7 @@ def test_a_batch_is_routed_as_its_inputs_are_one_at_a_time(architecture: Archite
 
 @each
 def test_given_experts_serve_all_layers(architecture: Architecture) -> None:
-    model, inputs = routed(architecture, "two_pass"), architecture.inputs(3)
+    model, inputs = routed(architecture, "input"), architecture.inputs(3)
     for name, expert in enumerate(experts(architecture)):
         with as_expert(model, str(name)):
             torch.testing.assert_close(output(model, inputs), output(expert, inputs), atol=1e-3, rtol=1e-3)
@@ -92,7 +92,7 @@ def test_given_experts_serve_all_layers(architecture: Architecture) -> None:
 
 @each
 def test_layers_that_mix_inputs_route_each_token(architecture: Architecture) -> None:
-    model = routed(architecture, "two_pass")
+    model = routed(architecture, "input")
     output(model, architecture.inputs(2))
     layers = routed_layers(model)
     expected = {name for name in layers if any(part in name for part in architecture.token_layers)}
@@ -101,9 +101,8 @@ def test_layers_that_mix_inputs_route_each_token(architecture: Architecture) -> 
 
 
 @each
-@pytest.mark.parametrize("scope", SCOPES[1:])
-def test_threads_do_not_share_a_choice(architecture: Architecture, scope: str) -> None:
-    model = routed(architecture, scope)
+def test_threads_do_not_share_a_choice(architecture: Architecture) -> None:
+    model = routed(architecture, "input")
     calls = [architecture.inputs(count, seed) for seed, count in enumerate((1, 3, 2, 4, 1, 2))]
     expected = [output(model, inputs) for inputs in calls]
     with ThreadPoolExecutor(4) as pool:
@@ -118,13 +117,13 @@ def single_precision(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @cache
 def saved_model(architecture: Architecture) -> nn.Module:
-    """The two-pass model in float32: transformers keeps some buffers in it, whatever the model's dtype."""
-    return copy.deepcopy(routed(architecture, "two_pass")).float()
+    """The model that routes inputs in float32: transformers keeps some buffers in it, whatever the model's dtype."""
+    return copy.deepcopy(routed(architecture, "input")).float()
 
 
 @pytest.fixture(scope="module")
 def reloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tensors and outputs of all two-pass models, saved here and loaded in another process."""
+    """A folder with tensors and outputs of all these models, saved here and loaded in another process."""
     folder = tmp_path_factory.mktemp("models")
     for architecture in ARCHITECTURES:
         save(saved_model(architecture), folder / architecture.name)

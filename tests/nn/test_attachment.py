@@ -22,8 +22,6 @@ from fusion_bench_smile.nn import (
     router_of,
 )
 
-SCOPES = ("sequence", "global", "two_pass")
-
 
 def layers(model: nn.Module) -> list[RoutedLayer]:
     return [module for module in model.modules() if isinstance(module, RoutedLayer)]
@@ -39,7 +37,7 @@ def test_with_one_choice_for_each_token_there_is_no_router() -> None:
 
 def test_inputs_may_enter_through_the_wrapped_vision_model() -> None:
     tower = clip_tower()
-    model: CLIPVisionModel = upscale(tower, experts_of(tower), k=4, gate_k=2, routing_scope="two_pass")
+    model: CLIPVisionModel = upscale(tower, experts_of(tower), k=4, gate_k=2, routing_scope="input")
     inputs = clip_inputs()
     inner = getattr(model, "vision_model", model)
     with torch.no_grad():
@@ -48,7 +46,7 @@ def test_inputs_may_enter_through_the_wrapped_vision_model() -> None:
 
 def test_the_entry_points_of_the_architectures() -> None:
     towers, encoder_decoder, decoder = clip_tower(), t5(), tied_llama()
-    options = {"k": 4, "gate_k": 2, "routing_scope": "two_pass"}
+    options = {"k": 4, "gate_k": 2, "routing_scope": "input"}
     model = upscale(towers, experts_of(towers), **options)
     assert set(entry_points(model).values()) == {"model"}
     assert [type(module).__name__ for module in entry_points(model)][:2] == ["CLIPVisionModel", "CLIPVisionTransformer"]
@@ -62,10 +60,9 @@ def test_the_entry_points_of_the_architectures() -> None:
     assert list(entry_points(model))[:2] == [model, model.model]
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-def test_a_copy_has_its_router(scope: str) -> None:
+def test_a_copy_has_its_router() -> None:
     tower = clip_tower()
-    model = upscale(tower, experts_of(tower), k=4, gate_k=2, routing_scope=scope)
+    model = upscale(tower, experts_of(tower), k=4, gate_k=2, routing_scope="input")
     other = copy.deepcopy(model)
     inputs, other_inputs = clip_inputs(), clip_inputs()
     expected = output(model, inputs)
@@ -77,7 +74,7 @@ def test_a_copy_has_its_router(scope: str) -> None:
 
 def test_after_an_error_the_next_call_works() -> None:
     tower = clip_tower()
-    model = upscale(tower, experts_of(tower), k=4, gate_k=2, routing_scope="two_pass")
+    model = upscale(tower, experts_of(tower), k=4, gate_k=2, routing_scope="input")
     inputs = clip_inputs()
     before = output(model, inputs)
     with pytest.raises((RuntimeError, ValueError)):  # the model's error for images of another size
@@ -89,7 +86,7 @@ def test_after_an_error_the_next_call_works() -> None:
 def test_a_detached_router_leaves_nothing_behind(make, inputs) -> None:
     base, x = make(), inputs()
     plain = upscale(base, experts_of(base), k=4, gate_k=2)
-    model = upscale(base, experts_of(base), k=4, gate_k=2, routing_scope="two_pass")
+    model = upscale(base, experts_of(base), k=4, gate_k=2, routing_scope="input")
     router = router_of(model)
     expected = output(model, x)
     detach_router(model)

@@ -16,26 +16,22 @@ from transformers import (
     DynamicCache,
     RwkvConfig,
     RwkvForCausalLM,
-    XLNetConfig,
-    XLNetModel,
 )
 
 from fusion_bench_smile import ConfigError, PlanError, as_expert, choose_experts, record_choices, upscale, use_experts
 from fusion_bench_smile.nn import router_of
 
-SCOPES = ("sequence", "global", "two_pass")
 
-
-def decoder(scope: str, **options: object) -> nn.Module:
+def decoder(**options: object) -> nn.Module:
     torch.manual_seed(0)
     base = tied_llama()
-    return upscale(base, experts_of(base, scale=0.3), k=8, gate_k=4, routing_scope=scope, **options).double().eval()
+    return upscale(base, experts_of(base, scale=0.3), k=8, gate_k=4, routing_scope="input", **options).double().eval()
 
 
-def encoder_decoder(scope: str) -> nn.Module:
+def encoder_decoder() -> nn.Module:
     torch.manual_seed(0)
     base = t5()
-    return upscale(base, experts_of(base, scale=0.3), k=8, gate_k=4, routing_scope=scope).double().eval()
+    return upscale(base, experts_of(base, scale=0.3), k=8, gate_k=4, routing_scope="input").double().eval()
 
 
 def prompts(count: int, length: int = 6, seed: int = 0) -> Tensor:
@@ -53,9 +49,8 @@ class Interrupted(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-def test_after_an_interrupt_the_next_call_is_right(scope: str) -> None:
-    model, images = tower(scope), clip_inputs()
+def test_after_an_interrupt_the_next_call_is_right() -> None:
+    model, images = tower(), clip_inputs()
     expected = output(model, images)
     module = next(m for m in model.modules() if hasattr(m, "post_layernorm"))
     inner, interrupted = module.post_layernorm, Interrupted()
@@ -69,16 +64,15 @@ def test_after_an_interrupt_the_next_call_is_right(scope: str) -> None:
         module.encoder.layers[0].mlp.fc1(torch.randn(2, 3, 32))
 
 
-def tower(scope: str, **options: object) -> nn.Module:
+def tower(**options: object) -> nn.Module:
     torch.manual_seed(0)
     base = clip_tower()
-    return upscale(base, experts_of(base), routing_scope=scope, **{"k": 8, "gate_k": 4, **options})
+    return upscale(base, experts_of(base), routing_scope="input", **{"k": 8, "gate_k": 4, **options})
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scope", SCOPES)
-def test_interleaved_conversations_keep_their_choices(scope: str) -> None:
-    model = decoder(scope)
+def test_interleaved_conversations_keep_their_choices() -> None:
+    model = decoder()
     texts = [prompts(1, 8, seed) for seed in range(4)]
     alone = []
     for text in texts:
@@ -101,7 +95,7 @@ def test_interleaved_conversations_keep_their_choices(scope: str) -> None:
 
 @torch.no_grad()
 def test_a_copied_cache_continues_the_same_inputs() -> None:
-    model, text = decoder("two_pass"), prompts(2, 8)
+    model, text = decoder(), prompts(2, 8)
     cache = model(input_ids=text[:, :5], use_cache=True).past_key_values
     copied = copy.deepcopy(cache)
     model(input_ids=prompts(3, 4, seed=5))
@@ -111,17 +105,16 @@ def test_a_copied_cache_continues_the_same_inputs() -> None:
 
 @torch.no_grad()
 def test_a_cache_of_another_model_is_refused() -> None:
-    model, text = decoder("two_pass"), prompts(2, 8)
-    for other in (tied_llama().double(), decoder("two_pass")):
+    model, text = decoder(), prompts(2, 8)
+    for other in (tied_llama().double(), decoder()):
         cache = other(input_ids=text[:, :5], use_cache=True).past_key_values
         with pytest.raises(RuntimeError, match="past_key_values holds tokens whose experts this model has not chosen"):
             model(input_ids=text[:, 5:], past_key_values=cache)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scope", SCOPES)
-def test_kept_encoder_outputs_keep_their_choice(scope: str) -> None:
-    model = encoder_decoder(scope)
+def test_kept_encoder_outputs_keep_their_choice() -> None:
+    model = encoder_decoder()
     batches = [{"input_ids": prompts(2, 7, seed)} for seed in range(3)]
     decoded = [{"decoder_input_ids": prompts(2, 3, seed + 9)} for seed in range(3)]
     expected = [model(**inputs, **targets).logits for inputs, targets in zip(batches, decoded, strict=True)]
@@ -138,17 +131,15 @@ def test_padding_of_the_encoder_does_not_count_in_the_decoder() -> None:
     ids, mask = prompts(2, 7), torch.ones(2, 7, dtype=torch.long)
     mask[1, 3:] = 0
     target = prompts(2, 7, seed=3)  # as many tokens as the input: its mask must not be taken for theirs
-    for scope in SCOPES:
-        model = encoder_decoder(scope)
-        together = model(input_ids=ids, attention_mask=mask, decoder_input_ids=target).logits
-        alone = model(input_ids=ids[1:, :3], decoder_input_ids=target[1:]).logits
-        torch.testing.assert_close(together[1:], alone)
+    model = encoder_decoder()
+    together = model(input_ids=ids, attention_mask=mask, decoder_input_ids=target).logits
+    alone = model(input_ids=ids[1:, :3], decoder_input_ids=target[1:]).logits
+    torch.testing.assert_close(together[1:], alone)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scope", SCOPES)
-def test_parts_called_alone_are_refused_unless_the_experts_are_given(scope: str) -> None:
-    model, text = decoder(scope), prompts(2)
+def test_parts_called_alone_are_refused_unless_the_experts_are_given() -> None:
+    model, text = decoder(), prompts(2)
     expected = model(input_ids=text).logits
     with pytest.raises(RuntimeError, match="a part of the model that does not see whole inputs was called"):
         model.lm_head(model.model(input_ids=text).last_hidden_state)
@@ -160,7 +151,7 @@ def test_parts_called_alone_are_refused_unless_the_experts_are_given(scope: str)
 
 
 def test_the_chosen_experts_can_be_given() -> None:
-    model, text = decoder("two_pass"), prompts(4)
+    model, text = decoder(), prompts(4)
     weights = choose_experts(model, input_ids=text)
     assert weights.shape == (4, 3)
     with torch.no_grad(), record_choices(model) as calls:
@@ -170,19 +161,16 @@ def test_the_chosen_experts_can_be_given() -> None:
     assert torch.equal(calls[0].choice, weights)
     with pytest.raises(ConfigError, match="it must be"), use_experts(model, torch.ones(4, 2)):
         pass
-    with pytest.raises(ConfigError, match="routing_scope=global has no choice for all layers"):
-        choose_experts(decoder("global"), input_ids=text)
     with pytest.raises(ConfigError, match="routing_scope"):
         choose_experts(tied_llama(), input_ids=text)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scope", SCOPES)
-def test_two_models_call_each_other(scope: str) -> None:
+def test_two_models_call_each_other() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second = tower(scope), tower(scope, k=4)
+            self.first, self.second = tower(), tower(k=4)
 
         def forward(self, pixel_values: Tensor) -> Tensor:
             return self.first(self.second(pixel_values).pooler_output.sum() * 0 + pixel_values).pooler_output
@@ -191,19 +179,17 @@ def test_two_models_call_each_other(scope: str) -> None:
     torch.testing.assert_close(both(**images), both.first(**images).pooler_output)
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-def test_the_loss_of_a_causal_model(scope: str) -> None:
-    model, text = decoder(scope), prompts(3)
+def test_the_loss_of_a_causal_model() -> None:
+    model, text = decoder(), prompts(3)
     with torch.no_grad():
         result = model(input_ids=text, labels=text)
         torch.testing.assert_close(result.logits[:, :-1], model(input_ids=text).logits[:, :-1])
     assert result.loss.isfinite()
 
 
-@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_is_refused(scope: str, reentrant: bool) -> None:
-    model, text = decoder(scope, exclude_modules=["lm_head"]).train(), prompts(2)
+def test_gradient_checkpointing_is_refused(reentrant: bool) -> None:
+    model, text = decoder(exclude_modules=["lm_head"]).train(), prompts(2)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     with pytest.raises(RuntimeError, match="gradient checkpointing computes layers outside of the call"):
         model(input_ids=text, labels=text, use_cache=False)
@@ -223,15 +209,14 @@ def test_checkpointed_parts_of_other_models_are_refused() -> None:
             return x
 
     base = Checkpointed()
-    model = upscale(base, experts_of(base), k=4, gate_k=2, routing_scope="two_pass")
+    model = upscale(base, experts_of(base), k=4, gate_k=2, routing_scope="input")
     result = model(torch.randn(3, 8, requires_grad=True)).sum()
     with pytest.raises(RuntimeError, match="gradient checkpointing"):
         result.backward()
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-def test_a_model_is_copied_after_a_training_step(scope: str) -> None:
-    model, text = decoder(scope, top_k=2).train(), prompts(2)
+def test_a_model_is_copied_after_a_training_step() -> None:
+    model, text = decoder(top_k=2).train(), prompts(2)
     model(input_ids=text, labels=text).loss.backward()
     other = copy.deepcopy(model).eval()
     with torch.no_grad():
@@ -239,8 +224,7 @@ def test_a_model_is_copied_after_a_training_step(scope: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scope", SCOPES)
-def test_inputs_in_a_mapping_or_in_positions(scope: str) -> None:
+def test_inputs_in_a_mapping_or_in_positions() -> None:
     class Nested(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -251,7 +235,7 @@ def test_inputs_in_a_mapping_or_in_positions(scope: str) -> None:
             return self.second(self.first(x).relu()) + sum(more)
 
     base = Nested()
-    model = upscale(base, experts_of(base), k=4, gate_k=2, routing_scope=scope).double()
+    model = upscale(base, experts_of(base), k=4, gate_k=2, routing_scope="input").double()
     x = torch.randn(5, 8, dtype=torch.double)
     alone = torch.cat([model(row[None]) for row in x])
     torch.testing.assert_close(model({"x": x}), alone)
@@ -268,7 +252,7 @@ def test_two_towers_need_one_scope_for_each() -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     base = CLIPModel(config).eval()
-    experts, options = experts_of(base), {"k": 8, "gate_k": 4, "routing_scope": "two_pass"}
+    experts, options = experts_of(base), {"k": 8, "gate_k": 4, "routing_scope": "input"}
     with pytest.raises(ConfigError, match="CLIPModel takes texts and images, which are different inputs"):
         upscale(base, experts, **options)
     model = upscale(base, experts, target_modules="vision_model.*", **options)
@@ -286,18 +270,10 @@ def test_models_whose_weights_change_while_they_run_are_refused() -> None:
         upscale(base, experts_of(base), k=4)
 
 
-def test_expert_norms_of_a_time_first_model_are_refused() -> None:
-    base = XLNetModel(XLNetConfig(vocab_size=40, d_model=16, n_layer=1, n_head=2, d_inner=24)).eval()
-    options = {"k": 8, "gate_k": 4, "routing_scope": "two_pass", "expert_parameters": "norms"}
-    model = upscale(base, experts_of(base), **options)
-    with pytest.raises(RuntimeError, match="expert_parameters=norms"):
-        model(input_ids=prompts(3))
-
-
 @pytest.mark.parametrize("option", [{"assistant_early_exit": 1}, {"prefill_chunk_size": 2}])
 def test_generation_that_does_not_see_the_prompt_is_refused(option: dict[str, int]) -> None:
     with pytest.raises(RuntimeError, match="needs routing_scope=token"):
-        decoder("two_pass").generate(prompts(1), max_new_tokens=2, **option)
+        decoder().generate(prompts(1), max_new_tokens=2, **option)
 
 
 @pytest.mark.skipif(
@@ -305,7 +281,7 @@ def test_generation_that_does_not_see_the_prompt_is_refused(option: dict[str, in
 )
 @torch.no_grad()
 def test_a_conversation_goes_on_with_its_cache() -> None:
-    model, text = decoder("two_pass"), prompts(1, 5)
+    model, text = decoder(), prompts(1, 5)
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": -1, "return_dict_in_generate": True}
     first = model.generate(text, **options)
     with record_choices(model) as calls:
@@ -317,7 +293,7 @@ def test_a_conversation_goes_on_with_its_cache() -> None:
 
 
 def test_no_state_is_left_on_the_modules() -> None:
-    model = tower("two_pass")
+    model = tower()
     before = {name: set(module.__dict__) for name, module in model.named_modules()}
     output(model, clip_inputs())
     with as_expert(model, "0"):
@@ -333,7 +309,7 @@ def test_the_state_of_a_recurrent_model_keeps_the_choice() -> None:
         vocab_size=40, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2, rescale_every=0
     )  # fmt: skip
     base = RwkvForCausalLM(config).eval()
-    model = upscale(base, experts_of(base, scale=0.3), k=8, gate_k=4, routing_scope="two_pass")
+    model = upscale(base, experts_of(base, scale=0.3), k=8, gate_k=4, routing_scope="input")
     texts = [prompts(1, 8, seed) for seed in range(4)]
     with record_choices(model) as calls:
         states = [model(input_ids=text[:, :5], use_cache=True).state for text in texts]

@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fusion_bench_smile import upscale
 
-EXECUTIONS = [(scope, name) for scope in ("token", "sequence", "global", "two_pass") for name in ("auto", "grouped")]
-EXECUTIONS += [(scope, "masked") for scope in ("token", "sequence", "global", "two_pass")] + [("two_pass", "merged")]
+EXECUTIONS = [(scope, name) for scope in ("token", "input") for name in ("auto", "grouped", "masked")]
+EXECUTIONS += [("input", "merged")]
 
 
 def conv1d() -> nn.Module:

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, ViTConf
 
 from fusion_bench_smile import record_routing, upscale
 
-SCOPES = ["token", "sequence", "global", "two_pass"]
+SCOPES = ["token", "input"]
 SIZE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 TEXT = {**SIZE, "vocab_size": 40, "attn_implementation": "eager"}
 
@@ -44,7 +44,7 @@ def vit() -> tuple[nn.Module, list[Tensor]]:
 
 def token_batches() -> list[Tensor]:
     """A batch to record, and a larger one."""
-    return [torch.randint(1, 40, (n, 6)) for n in (2, 5)]
+    return [torch.randint(1, 40, (n, 2)) for n in (2, 20)]
 
 
 Make = Callable[[], tuple[nn.Module, list[Tensor]]]
@@ -64,25 +64,16 @@ def assert_same_outputs(recorded: Callable[[Tensor], Tensor], model: nn.Module, 
             with record_routing(model) as routing:
                 expected = model(batch)
             torch.testing.assert_close(recorded(batch), expected, rtol=1e-4, atol=1e-5)
-            # by tokens or by inputs, of the first two inputs
-            routed.append([layer.experts[-1][:2] for layer in routing.values()])
-    assert any(not torch.equal(first, other) for first, other in zip(*routed, strict=True))
+            routed.append([layer.experts[-1] for layer in routing.values()])  # of tokens or inputs
+    assert any(not torch.equal(first[:1].expand_as(other), other) for first, other in zip(*routed, strict=True))
 
 
 @pytest.mark.parametrize(
-    ("make", "scope"), [(bert, "token"), (vit, "sequence"), (llama, "global"), (llama, "two_pass")]
+    ("make", "scope", "options"),
+    [(bert, "token", {}), (vit, "input", {"top_k": 2}), (llama, "input", {}), (llama, "input", {"storage": "int4"})],
 )
-def test_an_export_takes_batches_of_any_size(make: Make, scope: str) -> None:
-    model, batches = upscaled(make, scope)
-    with torch.no_grad():
-        model(batches[0])
-        program = export(model, (batches[0],), dynamic_shapes={"x": {0: Dim("batch", min=2, max=64)}})
-    assert_same_outputs(program.module(), model, batches)
-
-
-@pytest.mark.parametrize("make", [bert, vit])
-def test_an_export_has_norms_and_embeddings_of_the_experts(make: Make) -> None:
-    model, batches = upscaled(make, "two_pass", expert_parameters="all", top_k=2)
+def test_an_export_takes_batches_of_any_size(make: Make, scope: str, options: dict) -> None:
+    model, batches = upscaled(make, scope, **options)
     with torch.no_grad():
         model(batches[0])
         program = export(model, (batches[0],), dynamic_shapes={"x": {0: Dim("batch", min=2, max=64)}})
@@ -102,17 +93,16 @@ def test_a_trace_is_right_for_other_inputs(make: Make, scope: str, options: dict
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_trace_of_merged_execution_is_right_for_other_inputs() -> None:
-    model, batches = upscaled(vit, "two_pass", execution="merged")
+    model, batches = upscaled(vit, "input", execution="merged")
     with torch.no_grad():
         model(batches[0])
         trace = torch.jit.trace(model, (batches[0],), check_trace=False)
     assert_same_outputs(trace, model, batches)
 
 
-@pytest.mark.parametrize("scope", ["sequence", "global", "two_pass"])
-def test_a_model_is_called_once_before_it_is_exported(scope: str) -> None:
+def test_a_model_is_called_once_before_it_is_exported() -> None:
     """Otherwise it isn't known which layers keep the inputs apart."""
-    model, batches = upscaled(vit, scope)
+    model, batches = upscaled(vit, "input")
     for record in (export, torch.jit.trace):
         with pytest.raises(RuntimeError, match="call the model once before"), torch.no_grad():
             record(model, (batches[0],))

@@ -99,10 +99,11 @@ def test_weight_by_expert_sums_over_all_tokens():
 
 def test_the_record_of_a_choice_for_whole_inputs_is_that_choice():
     base = clip_tower()
-    model = upscale(base, experts_of(base), k=4, gate_k=2, routing_scope="two_pass")
+    model = upscale(base, experts_of(base), k=4, gate_k=2, routing_scope="input")
     with record_routing(model) as routing, record_choices(model) as calls:
         output(model, clip_inputs())
     expected = calls[0].choice.argmax(-1)
+    assert calls[0].served_by == [str(expert) for expert in expected.tolist()]
     assert routing
     assert all(torch.equal(layer.experts[0][:, 0], expected) for layer in routing.values())
 
@@ -110,15 +111,12 @@ def test_the_record_of_a_choice_for_whole_inputs_is_that_choice():
 def test_an_expert_by_name_is_that_expert():
     base = clip_tower()
     experts = dict(zip("abc", experts_of(base), strict=True))
-    model = upscale(base, experts, k=32, gate_k=2, routing_scope="two_pass", expert_parameters="norms")
+    model = upscale(base, experts, k=32, gate_k=2, routing_scope="input")
     inputs = clip_inputs()
     routed = output(model, inputs)
     alone = upscale(base, {"b": experts["b"]}, k=32)
     with as_expert(model, "b"):
         forced = output(model, inputs)
-    for name, module in experts["b"].named_modules():  # the expert's norms
-        if isinstance(module, nn.LayerNorm):
-            alone.get_submodule(name).load_state_dict(module.state_dict())
     torch.testing.assert_close(forced, output(alone, inputs), atol=1e-4, rtol=1e-4)
     assert torch.equal(output(model, inputs), routed)
     with pytest.raises(PlanError, match="the experts are: a, b, c"), as_expert(model, "d"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import clip_tower, experts_of
@@ -12,6 +14,7 @@ from fusion_bench_smile import upscale
 from fusion_bench_smile.nn import (
     RIDGE,
     RoutedLayer,
+    energy_shares,
     expert_norms,
     project_on_router,
     router_scores,
@@ -22,40 +25,57 @@ from fusion_bench_smile.nn import (
     token_energies,
 )
 
-SCORES = ("norm", "weighted", "relative", "dual", "output")
 
-
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("storage", ["same", "int8"])
-def test_scores_and_features_are_their_formulas(score: str, storage: str) -> None:
+@pytest.mark.parametrize("storage", ["same", "int8", "int4"])
+def test_scores_and_features_are_their_formulas(storage: str) -> None:
     """The router rows of the experts overlap."""
     tower = clip_tower()
-    model = upscale(tower, experts_of(tower), k=8, gate_k=4, routing_score=score, storage=storage)
+    model = upscale(tower, experts_of(tower), k=8, gate_k=4, storage=storage)
     layer = next(layer for layer in model.modules() if isinstance(layer, RoutedLayer))
     x = torch.randn(2, 5, layer.weight.shape[1])
-    output = nn.functional.linear(x, layer.weight, layer.bias).double()
     rows = [layer.rows("gate", expert).double() for expert in range(3)]
     values = [layer.rows("up", e)[: len(rows[e])].double().norm(dim=1) for e in range(3)]
     y, all_rows = x.double(), torch.cat(rows)
     gram = all_rows @ all_rows.mT + RIDGE * torch.eye(len(all_rows), dtype=torch.double)
     coefficients = torch.linalg.solve(gram, (y @ all_rows.mT).flatten(0, 1).mT).mT.view(2, 5, -1).split([4] * 3, -1)
     energy = y.square().sum(-1)
-    formulas = {
-        "norm": [(y @ r.mT).norm(dim=-1) for r in rows],
-        "weighted": [((y @ r.mT) * s / s[0]).norm(dim=-1) for r, s in zip(rows, values, strict=True)],
-        "relative": [(y @ r.mT).square().sum(-1) / energy for r in rows],
-        "dual": [c.square().sum(-1) / energy for c in coefficients],
-        "output": [((y @ r.mT) * s).norm(dim=-1) / output.norm(dim=-1) for r, s in zip(rows, values, strict=True)],
-    }
-    expected = torch.stack(formulas[score], dim=-1).float()
-    torch.testing.assert_close(router_scores(layer, x, output.float()), expected, atol=1e-4, rtol=1e-3)
-    for kind in SCORES:  # another kind than the model's
-        result = router_scores(layer, x, output.float(), kind)
-        torch.testing.assert_close(result, torch.stack(formulas[kind], dim=-1).float(), atol=1e-4, rtol=1e-3)
-    features = routing_features(layer, x)
+    norms = [(y @ r.mT).norm(dim=-1) for r in rows]
+    shares = [c.square().sum(-1) / energy for c in coefficients]
     weighted = [((y @ r.mT) * s).square().sum(-1) / energy for r, s in zip(rows, values, strict=True)]
-    both = torch.stack([*formulas["dual"], *weighted], dim=-1).float()
-    torch.testing.assert_close(features, both, atol=1e-4, rtol=1e-3)
+    for function, parts in (
+        (router_scores, norms), (energy_shares, shares), (routing_features, [*shares, *weighted]),
+    ):  # fmt: skip
+        torch.testing.assert_close(function(layer, x), torch.stack(parts, dim=-1).float(), atol=1e-4, rtol=1e-3)
+
+
+def test_energy_shares_are_small_of_zero_and_independent_of_the_size_of_a_token():
+    layer, x = random_layer(UNIFORM, 6, 5), torch.randn(4, 6, dtype=torch.float64)
+    shares = energy_shares(layer, x)
+    torch.testing.assert_close(energy_shares(layer, 1e6 * x), shares)
+    assert energy_shares(layer, 0 * x).abs().max() == 0
+
+
+@pytest.mark.parametrize("storage", ["same", "int8", "int4"])
+def test_energy_shares_follow_the_router_rows(storage: str) -> None:
+    """What is kept of the rows is computed again when they change in any way."""
+    tower, x = clip_tower(), torch.randn(4, 32)
+    models = [upscale(tower, experts_of(tower, 3, scale), k=8, gate_k=4, storage=storage) for scale in (0.05, 0.2)]
+    layer, other = (next(module for module in model.modules() if isinstance(module, RoutedLayer)) for model in models)
+
+    def replace(dimension: int) -> None:
+        layer.gate = nn.Parameter(layer.gate.flip(dimension), requires_grad=False)
+
+    energy_shares(layer, x)
+    for change in (
+        lambda: layer.load_state_dict(other.state_dict()),
+        *[lambda: replace(0) or replace(1)] * 20,  # the second one may have the memory of the kept rows
+        lambda: layer.gate_scale.copy_(layer.gate_scale + 1) if storage != "same" else layer.gate.mul_(2),
+        lambda: setattr(layer.gate, "data", layer.gate.flip(0)),
+        lambda: layer.half().float(),
+    ):
+        with torch.no_grad():
+            change()
+        assert torch.equal(energy_shares(layer, x), energy_shares(copy.deepcopy(layer), x))
 
 
 def test_without_a_router_there_are_no_scores():
@@ -65,12 +85,14 @@ def test_without_a_router_there_are_no_scores():
     x = torch.randn(3, layer.weight.shape[1])
     assert project_on_router(layer, x) is None
     assert router_scores(layer, x) is None
+    assert energy_shares(layer, x) is None
     assert routing_features(layer, x) is None
 
 
 def test_an_expert_without_router_rows_scores_zero():
     layer, x = random_layer(RAGGED, 6, 5), torch.randn(7, 6, dtype=torch.float64)
     assert router_scores(layer, x)[:, 1].abs().max() == 0
+    assert energy_shares(layer, x)[:, 1].abs().max() == 0
 
 
 def test_singular_values_are_zero_for_rows_that_are_no_direction():

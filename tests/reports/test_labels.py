@@ -15,10 +15,14 @@ SMILE = {"_target_": "fusion_bench_smile.SmileUpscalingAlgorithm", "gate_k": 4, 
         ({"_target_": "fusion_bench.method.DummyAlgorithm"}, "pretrained"),
         ({"_target_": "fusion_bench.method.TaskArithmeticAlgorithm", "scaling_factor": 0.3}, "Task Arithmetic (λ=0.3)"),
         (SMILE | {"k": -1}, "SMILE (gate_k=4, k=-1)"),
-        (SMILE | {"routing_scope": "two_pass"}, "SMILE (gate_k=4, k=8, two-pass)"),
+        (SMILE | {"routing_scope": "input"}, "SMILE (gate_k=4, k=8, by input)"),
         (
-            SMILE | {"calibration": 16, "routing_scope": "two_pass", "param_ratio": 1.25, "storage": "int8"},
+            SMILE | {"calibration": 16, "routing_scope": "input", "param_ratio": 1.25, "storage": "int8"},
             "SMILE (gate_k=4, k=8, calibrated by 16, ≤1.25×, int8)",
+        ),
+        (
+            SMILE | {"gate_k": None, "routing_scope": "input", "byte_ratio": 1.1, "storage": "int4"},
+            "SMILE (gate_k=8, k=8, by input, ≤1.1× bytes, int4)",
         ),
         (
             {"_target_": "fusion_bench.method.SmileUpscalingAlgorithm", "gate_k": 4, "k": 8},

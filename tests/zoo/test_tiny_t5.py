@@ -83,7 +83,7 @@ def test_one_process_and_two_give_the_same_report(tmp_path):
 
 def test_the_t5_is_calibrated_by_its_training_prompts():
     pool = instantiate(OmegaConf.load(CONFIG / "modelpool" / "SmileGLUE" / "tiny-t5.yaml"))
-    options = {"gate_k": 4, "k": 8, "routing_scope": "two_pass", "routing_score": "dual", "calibration": 16}
+    options = {"gate_k": 4, "k": 8, "routing_scope": "input", "calibration": 16}
     model = SmileUpscalingAlgorithm(**options).run(pool)
     right = []
     for number, task in enumerate(TASKS):
