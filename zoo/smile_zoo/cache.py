@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from fusion_bench_smile.exceptions import SmileError
+from fusion_bench_smile.exceptions import CheckpointError, SmileError
+from fusion_bench_smile.io import replace_folder_atomically
 
 
 def cache_folder() -> Path:
@@ -20,8 +20,8 @@ def cache_folder() -> Path:
 def cached_folder(name: str, build: Callable[[Path], object]) -> Path:
     """A folder in the cache; the first call builds it.
 
-    The folder gets its name when it is complete. Of several processes that build it at once, the first one to finish
-    puts its folder in place, and all others use that one: its files never change.
+    The folder gets its name when it is complete. Of several processes that build it at once, each puts the same content
+    in place.
 
     Args:
         name: of the folder, with a key of the content in it.
@@ -31,26 +31,13 @@ def cached_folder(name: str, build: Callable[[Path], object]) -> Path:
         SmileError: if the cache can't be written.
     """
     folder = cache_folder() / name
-    if folder.exists():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder.parent) as scratch:
-            complete = Path(scratch) / name
-            complete.mkdir()
-            build(complete)
-            _rename(complete, folder)
-    except OSError as error:
-        raise SmileError(f"{folder} can't be written: {error}; set XDG_CACHE_HOME to another folder") from error
+    if not folder.exists():
+        try:
+            with replace_folder_atomically(folder) as scratch:
+                build(scratch)
+        except CheckpointError as error:
+            raise SmileError(f"{error}; set XDG_CACHE_HOME to another folder") from None
     return folder
-
-
-def _rename(complete: Path, folder: Path) -> None:
-    try:
-        complete.rename(folder)
-    except OSError:
-        if not folder.exists():  # otherwise another process was first
-            raise
 
 
 def packaged_file(module: str, file: str, sha256: str, requirement: str) -> Path:

@@ -39,12 +39,8 @@ class FineTuning:
 
 # Patch, class and position embeddings are frozen: SMILE routes linear layers and keeps all others pretrained.
 FROZEN = "vision_model.embeddings."
-# AdamW moves every weight by about its learning rate per step, whatever the gradient, so its task vectors are large and
-# of high rank. The task vectors of SGD stay in the span of the inputs: small, of low rank, and easy to route.
-FINE_TUNINGS = {
-    "gentle": FineTuning("sgd", lr=0.03, steps=300),
-    "strong": FineTuning("adamw", lr=5e-4, steps=300, weight_decay=0.01),
-}
+# The task vectors of SGD stay in the span of the inputs: small, of low rank, and easy to route.
+FINE_TUNINGS = {"gentle": FineTuning("sgd", lr=0.03, steps=300)}
 
 
 def finetune(

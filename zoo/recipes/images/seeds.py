@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def folder_of(root: Path, expert_set: str, seed: int, task: str) -> Path:
-    """Folder of an expert of a set: ``gentle``, ``strong``, ``full``, ``lora`` or ``dinov2``."""
+    """Folder of an expert of a set: ``gentle``, ``full``, ``lora`` or ``dinov2``."""
     return root / "experts" / expert_set / str(seed) / task
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parent / "data"
 TASKS = ("digits", "clothes", "animals", "textures", "planets", "letters", "kana", "flags")
 
-Strength = Literal["gentle", "strong"]
+Strength = Literal["gentle"]
 Split = Literal["train", "validation", "test"]
 STRENGTHS: tuple[Strength, ...] = get_args(Strength)
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -93,7 +93,7 @@ def load_expert(task: str, strength: Strength = "gentle") -> CLIPVisionModel:
 
     Args:
         task: one of `TASKS`.
-        strength: ``"gentle"`` for experts with small task vectors, ``"strong"`` for large ones.
+        strength: ``"gentle"``, with small task vectors.
 
     Raises:
         SmileError: for an unknown task or strength.
