@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         FactorCache,
         add_expert,
         calibrate,
+        dequantize,
         plan_upscaling,
         remove_expert,
         upscale,
@@ -35,13 +36,14 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError", "ConfigError", "FactorCache", "PlanError", "RoutedLayer", "SmileConfig", "SmileError",
     "SmileLinear", "SmileUpscalingAlgorithm", "__version__", "add_expert", "as_expert", "calibrate", "choose_experts",
-    "export_adapters", "load", "metadata_of", "plan_upscaling", "record_choices", "record_routing", "remove_expert",
-    "save", "upscale", "upscale_to_folder", "use_experts", "verify_checkpoint",
+    "dequantize", "export_adapters", "load", "metadata_of", "plan_upscaling", "record_choices", "record_routing",
+    "remove_expert", "save", "upscale", "upscale_to_folder", "use_experts", "verify_checkpoint",
 ]  # fmt: skip
 __getattr__ = lazy_names(__name__, {
     "config": ("SmileConfig",),
     "construction": (
-        "FactorCache", "add_expert", "calibrate", "plan_upscaling", "remove_expert", "upscale", "upscale_to_folder",
+        "FactorCache", "add_expert", "calibrate", "dequantize", "plan_upscaling", "remove_expert", "upscale",
+        "upscale_to_folder",
     ),
     "exceptions": ("CheckpointError", "ConfigError", "PlanError", "SmileError"),
     "framework.method": ("SmileUpscalingAlgorithm",),

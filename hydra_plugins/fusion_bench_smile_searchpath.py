@@ -95,6 +95,10 @@ def _check_options(arguments: Sequence[str], framework: Path) -> None:
     for argument in arguments:
         match = re.match(r"method\.([^.=]+)", argument)
         if match and match[1] not in valid:
+            from fusion_bench_smile.config import REMOVED
+
+            if match[1] in REMOVED and "routing_scope" in valid:
+                raise SystemExit(f"the option method.{match[1]} was removed: {REMOVED[match[1]]}")
             near = difflib.get_close_matches(match[1], valid, n=1, cutoff=0.5)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise SystemExit(f"unknown option method.{match[1]}{hint}; valid options: {', '.join(valid)}")

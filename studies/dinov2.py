@@ -26,8 +26,7 @@ from fusion_bench_smile import calibrate, record_choices, upscale
 from fusion_bench_smile.exceptions import SmileError
 from fusion_bench_smile.io import write_atomically
 from fusion_bench_smile.nn import count_bytes, count_parameters
-from fusion_bench_smile.reports import markdown_table
-from fusion_bench_smile.reports.plotting import STYLES, panels, save_figure
+from fusion_bench_smile.reports import STYLES, markdown_table, panels, save_figure
 from smile_zoo.dinov2 import EIGHT_TASKS, TASKS, load_head, load_images, load_inputs, load_pretrained
 from smile_zoo.dinov2.task_pool import features, to_pixels
 from studies import rivals
@@ -38,15 +37,16 @@ SEEDS = (0, 1, 2)
 IMAGES = 200  # of each task
 CALIBRATION = 64  # inputs of each task
 VALIDATION = 50  # images of each task, by which MASS takes its layer
+ONE_SEED = ("merging", "MASS", "task known")  # groups that are measured with the first seed alone
 TASK_SETS = {"eight": EIGHT_TASKS, "fourteen": TASKS}
 
 HEADER = f"""# Measurements of the DINOv2 benchmark
 
 Written by `python -m studies.dinov2 FOLDER docs/dinov2_results.md SET …`: the first {IMAGES} test images of each task,
 retention in percent of the individual models' average, and the seeds of fine-tuning in the last columns. The experts of
-seed 0 are those that are shipped, the others have full rank. The interval is a paired bootstrap over the images; it
-leaves out the variance between seeds. Bytes are those of the whole model relative to the pretrained one, where that is
-stored in float32 or in bfloat16; heads do not count.
+seed 0 are those that are shipped, the others have full rank; other methods than SMILE have seed 0 alone. The interval
+is a paired bootstrap over the images; it leaves out the variance between seeds. Bytes are those of the whole model,
+relative to the pretrained one in float32 or in bfloat16; heads do not count.
 
 With *head unknown* the task of an image is not given. SMILE with `routing_scope=input` and MASS name it themselves, and
 an image counts as right if both the task and the class are. For a merged model the head with the largest probability
@@ -285,7 +285,7 @@ def folders_of(root: Path, seed: int, tasks: Sequence[str]) -> dict[str, Path]:
 def measure(root: Path, task_set: str, seed: int) -> dict[str, Result]:
     """The results of all rows, and of the individual models, for experts of one seed."""
     tasks = TASK_SETS[task_set]
-    names = ("individual", *ENTRIES)
+    names = ["individual", *(name for name, entry in ENTRIES.items() if not (seed and entry.group in ONE_SEED))]
     files = {name: root / "outcomes" / task_set / str(seed) / f"{name.replace('/', '-')}.npz" for name in names}
     if missing := [name for name, file in files.items() if not file.exists()]:
         pretrained = load_pretrained().eval()
@@ -306,8 +306,9 @@ def measure(root: Path, task_set: str, seed: int) -> dict[str, Result]:
 
 def row(name: str, results: Sequence[Mapping[str, Result]], seeds: Sequence[int]) -> dict[str, object]:
     """A row of the table from the results of all seeds."""
-    each = [result[name] for result in results]
-    individual = [result["individual"].known for result in results]
+    measured = [(seed, result) for seed, result in zip(seeds, results, strict=True) if name in result]
+    each = [result[name] for _, result in measured]
+    individual = [result["individual"].known for _, result in measured]
     kept = [retention(result.known, one) for result, one in zip(each, individual, strict=True)]
     low, high = interval([result.known for result in each], individual)
     unknown = [retention(result.unknown, one) for result, one in zip(each, individual, strict=True)]
@@ -317,7 +318,8 @@ def row(name: str, results: Sequence[Mapping[str, Result]], seeds: Sequence[int]
         "method": name, "parameters": "" if np.isnan(parameters) else f"{parameters:.2f}×", "bytes": f"{bytes32:.3f}×",
         "bytes, bfloat16": f"{bytes16:.3f}×", "retention": f"{np.mean(kept):.1f}",
         "95 % interval": f"{low:.1f} – {high:.1f}", "head unknown": "task known" if told else f"{np.mean(unknown):.1f}",
-        **{f"seed {seed}": f"{value:.1f}" for seed, value in zip(seeds, kept, strict=True)},
+        **dict.fromkeys((f"seed {seed}" for seed in seeds), ""),
+        **{f"seed {seed}": f"{value:.1f}" for (seed, _), value in zip(measured, kept, strict=True)},
     }  # fmt: skip
 
 

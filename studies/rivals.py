@@ -21,7 +21,7 @@ from fusion_bench.method.dare import DareTaskArithmetic
 from fusion_bench.method.emr_merging import EMRMerging
 from torch import Tensor, nn
 
-from fusion_bench_smile.nn.quantization import dequantized, quantize_groups
+from fusion_bench_smile.nn import dequantized, quantize_groups
 
 Experts = Mapping[str, nn.Module]
 Encode = Callable[[nn.Module, Tensor], object]  # calls a model with inputs
@@ -34,6 +34,7 @@ MERGING: dict[str, Callable[[], Any]] = {
     "DARE": lambda: DareTaskArithmetic(0.3, 0.5, only_on_linear_weights=False),
 }
 GROUP = 64  # values of a dropped delta that share a scale
+MOST_MODELS = 32  # that MASS keeps
 BITS_PER_VALUE = 4 + 16 / GROUP
 
 
@@ -118,8 +119,10 @@ class Mass:
 
     @torch.no_grad()
     def model(self, chosen: tuple[int, ...]) -> nn.Module:
-        """TSV-M of some experts, by index."""
+        """TSV-M of some experts, by index; the last ones are kept."""
         if chosen not in self.models:
+            if len(self.models) >= MOST_MODELS:
+                del self.models[next(key for key in self.models if len(key) < len(self.experts))]
             model = deepcopy(self.pretrained)
             for name, triples in self.factors.items():
                 weight = cast(nn.Linear, model.get_submodule(name)).weight

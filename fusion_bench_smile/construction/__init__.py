@@ -3,7 +3,7 @@
 from ..io import tensor_digest
 from .assemble import set_routing
 from .calibration import calibrate, check_calibration
-from .edit import add_expert, remove_expert
+from .edit import add_expert, dequantize, remove_expert
 from .factor_cache import FactorCache
 from .factorize import load_expert, open_experts
 from .layer_selection import split_targeted_attention
@@ -15,7 +15,7 @@ from .upscale import plan_upscaling, upscale
 
 __all__ = [
     "FactorCache", "Factors", "LayerPlan", "Plan", "WorkPartition", "add_expert", "calibrate", "check_calibration",
-    "destroy_process_group_at_exit", "estimate_seconds", "load_expert", "low_rank_svd", "make_plan", "open_experts",
-    "plan_upscaling", "remove_expert", "set_routing", "split_targeted_attention", "tensor_digest", "truncated_svd",
-    "upscale", "upscale_to_folder",
+    "dequantize", "destroy_process_group_at_exit", "estimate_seconds", "load_expert", "low_rank_svd", "make_plan",
+    "open_experts", "plan_upscaling", "remove_expert", "set_routing", "split_targeted_attention", "tensor_digest",
+    "truncated_svd", "upscale", "upscale_to_folder",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Editing: add an expert to an upscaled model or remove one, as if it had been built so from the start."""
+"""Editing: add an expert to an upscaled model or remove one, or unpack its factors."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -13,7 +13,7 @@ from ..io import ExpertSource, SmileMetadata, metadata_of
 from ..io.metadata import describe_model
 from ..io.names import check_expert_names
 from ..io.transformers_hook import attach_metadata
-from ..nn import DENSE, detach_router, routed_layers
+from ..nn import DENSE, detach_router, routed_layers, router_of
 from ..nn.attention import replace_modules
 from .assemble import replace_layers, set_routing
 from .changes import check_recurrent, expert_changes, warn_of_unused_changes
@@ -74,6 +74,23 @@ def remove_expert(model: nn.Module, name: str) -> nn.Module:
         layers = {layer: single.without_router(shared_router) for layer, single in layers.items()}
     experts = [metadata.experts[index] for index in kept]
     return _assemble(pretrained, plan, FactorizedExperts(layers), metadata, experts)
+
+
+@torch.no_grad()
+def dequantize(model: nn.Module) -> nn.Module:
+    """Store the factors of an upscaled model in the dtype of the model, in place, so that no call unpacks them.
+
+    Returns the model. Raises CheckpointError if it was not made by `upscale`.
+    """
+    metadata = metadata_of(model)
+    config = replace(metadata.config, storage="same")
+    for layer in routed_layers(model).values():
+        layer.dequantize()
+        layer.set_config(config)
+    if (router := router_of(model)) is not None:
+        router.smile_config = config
+    attach_metadata(model, describe_model(model, config, metadata.experts, metadata.provenance))
+    return model
 
 
 def take_apart(model: nn.Module, metadata: SmileMetadata) -> tuple[nn.Module, dict[str, LayerFactors]]:

@@ -202,7 +202,7 @@ def allocate_ranks(
         name, unit, whole = "param_ratio", "parameters", plan.parameters
         if config.byte_ratio is not None:
             name, unit, whole = "byte_ratio", "bytes", plan.bytes
-        required = 1 + (sum(layer.min_cost for layer in layers) + reserved) / whole
+        required = math.ceil(1000 + 1000 * (sum(layer.min_cost for layer in layers) + reserved) / whole) / 1000
         raise ConfigError(
             f"{name}={getattr(config, name)} is too little for the router rows alone, {error} {unit}: "
             f"gate_k={config.gate_k} needs {required:.3f}; lower gate_k, or raise {name}"
@@ -382,11 +382,11 @@ def _check_ranks(layers: Sequence[LayerPlan], config: SmileConfig, num_experts: 
     blind = [layer for layer in layers if layer.gate_k == layer.in_features and num_experts > 1]
     if blind:
         log.warning(
-            "gate_k=%d spans all inputs of %d of %d layers, so that all experts score the same there (first: %s, with "
-            "%d inputs): lower gate_k, or leave them out with exclude_modules",
+            "a router of rank %d spans all inputs of %d of %d layers; all experts score the same there (first: %s, "
+            "with %d inputs): lower gate_k, or leave them out with exclude_modules",
             config.router_rank, len(blind), len(layers), blind[0].name, blind[0].in_features,
         )  # fmt: skip
-    ranks = {"gate_k": config.router_rank, "k": config.k}
+    ranks = {"gate_k": config.router_rank, "k": config.k} if config.gate_k is not None else {"k": config.k}
     largest = max(min(layer.in_features, layer.out_features) for layer in layers)
     for option, rank in ranks.items():
         if rank > largest:

@@ -67,8 +67,8 @@ def dequantized(values: Tensor, scales: Tensor, size: int, dtype: torch.dtype) -
     if values.dtype == torch.int8:
         return values.to(dtype) * scales.to(dtype)
     pairs = torch.stack([values & 15, values >> 4], dim=-1).flatten(-2)[..., :size]  # (…, n), from 1 to 15
-    by_value = scales.view(torch.bfloat16).to(dtype).repeat_interleave(GROUP, dim=-1)[..., :size]
-    return (pairs.to(dtype) - (LARGEST_INT4 + 1)) * by_value
+    by_value = scales.view(torch.bfloat16).float().repeat_interleave(GROUP, dim=-1)[..., :size]
+    return ((pairs.float() - (LARGEST_INT4 + 1)) * by_value).to(dtype)
 
 
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,8 +94,9 @@ def quantize_groups(rows: Tensor) -> tuple[Tensor, Tensor]:
     """
     size, work = rows.shape[-1], rows.to(torch.float32)
     groups = F.pad(work, (0, -size % GROUP)).unflatten(-1, (-1, GROUP))  # (…, groups, 64)
-    scales = (groups.abs().amax(dim=-1) / LARGEST_INT4).to(torch.bfloat16)  # (…, groups)
-    steps = scales.float().clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    largest, tiny = groups.abs().amax(dim=-1), torch.finfo(torch.float32).tiny  # subnormal scales have few digits
+    scales = (largest / LARGEST_INT4).clamp(min=tiny).mul(largest > 0).to(torch.bfloat16)  # (…, groups)
+    steps = scales.float().clamp(min=tiny)[..., None]
     integers = torch.round(groups / steps).clamp(-LARGEST_INT4, LARGEST_INT4).flatten(-2)[..., : size + size % 2]
     pairs = (integers.to(torch.int16) + LARGEST_INT4 + 1).to(torch.uint8).unflatten(-1, (-1, 2))
     return pairs[..., 0] | pairs[..., 1] << 4, scales.view(torch.int16)

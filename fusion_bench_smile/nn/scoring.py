@@ -6,8 +6,9 @@ singular value of that row. A layer has no router where it has one expert, or wh
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -97,27 +98,47 @@ def dual_coefficients(layer: RoutedLayer, projections: Tensor) -> Tensor:
         return projections @ _gram_inverse(layer, projections.dtype)
 
 
-_inverses: WeakKeyDictionary[RoutedLayer, tuple[tuple[object, ...], Tensor]] = WeakKeyDictionary()
+class _Version(NamedTuple):
+    """What the rows of a stored tensor depend on."""
+
+    stored: weakref.ref[Tensor]  # compared by identity: an id is used again
+    versions: tuple[int | None, ...]  # of the stored tensor and its scales
+    kinds: tuple[object, ...]
+
+
+_inverses: WeakKeyDictionary[RoutedLayer, tuple[_Version, Tensor]] = WeakKeyDictionary()
 
 
 def _gram_inverse(layer: RoutedLayer, dtype: torch.dtype) -> Tensor:
     """(GGᵀ + ridge)⁻¹ of the router rows G, which is kept until they change: (Σ gate_ranks, Σ gate_ranks)."""
-    stored, gate = layer._parameters["gate"], layer.rows("gate")
-    assert stored is not None
-    assert gate is not None
-    version: tuple[object, ...] | None = None  # none is known to a compiler, or for a tensor of inference mode
-    if not (torch.compiler.is_compiling() or torch.jit.is_tracing() or stored.is_inference() or stored.is_meta):
-        version = (id(stored), stored.data_ptr(), stored._version, stored.dtype, stored.device, dtype)
-    known = _inverses.get(layer) if version is not None else None
-    if known is not None and known[0] == version:
+    version, known = _gate_version(layer, dtype), _inverses.get(layer)
+    if version is not None and known is not None and _is_same(known[0], version):
         return known[1]
     with torch.inference_mode(False), torch.no_grad():
+        gate = layer.rows("gate")
+        assert gate is not None
         gate = gate.to(dtype)
         gram = gate @ gate.mT + RIDGE * torch.eye(len(gate), dtype=dtype, device=gate.device)
         inverse = torch.linalg.inv_ex(gram).inverse  # inv_ex does not synchronise with the host
     if version is not None:
         _inverses[layer] = version, inverse
     return inverse
+
+
+def _gate_version(layer: RoutedLayer, dtype: torch.dtype) -> _Version | None:
+    """The version of the router rows; None where it is unknown: to a compiler, and for tensors of inference mode."""
+    stored, scales = layer._parameters["gate"], layer._parameters["gate_scale"]
+    tensors = [tensor for tensor in (stored, scales) if tensor is not None]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or stored is None:
+        return None
+    if any(tensor.is_inference() or tensor.is_meta for tensor in tensors):
+        return None
+    versions = tuple(number for tensor in tensors for number in (tensor._version, tensor.data_ptr()))
+    return _Version(weakref.ref(stored), versions, (stored.dtype, stored.device, layer.weight.dtype, dtype))
+
+
+def _is_same(known: _Version, version: _Version) -> bool:
+    return known.stored() is version.stored() and known[1:] == version[1:]
 
 
 def router_singular_values(layer: RoutedLayer) -> Tensor:

@@ -6,10 +6,21 @@ import copy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, clip_tower, experts_of, tied_llama
+from conftest import ARCHITECTURES, clip_inputs, clip_tower, experts_of, output, tied_llama
 from torch import nn
 
-from fusion_bench_smile import ConfigError, PlanError, add_expert, load, metadata_of, remove_expert, upscale
+from fusion_bench_smile import (
+    ConfigError,
+    PlanError,
+    add_expert,
+    dequantize,
+    load,
+    metadata_of,
+    remove_expert,
+    save,
+    upscale,
+)  # fmt: skip
+from fusion_bench_smile.nn import count_parameters
 
 OPTIONS = {
     "shared router": {"k": 4, "gate_k": 2},
@@ -103,3 +114,17 @@ def test_changes_that_cannot_work_are_refused():
         add_expert(narrow, experts["b"], "b")
     with pytest.raises(PlanError, match="no experts"):
         remove_expert(narrow, "a")
+
+
+@pytest.mark.parametrize("options", [{}, {"routing_scope": "input", "top_k": 2}])
+@pytest.mark.parametrize("storage", ["same", "int8", "int4"])
+def test_factors_are_unpacked_once(storage: str, options: dict[str, object], tmp_path) -> None:
+    base, inputs = clip_tower(), clip_inputs()
+    model = upscale(base, experts_of(base), k=8, gate_k=4, storage=storage, **options)
+    expected = output(model, inputs)
+    assert dequantize(model) is model
+    assert all(parameter.is_floating_point() for parameter in model.parameters())
+    assert torch.equal(output(model, inputs), expected)
+    save(model, tmp_path / "model")
+    assert torch.equal(output(load(tmp_path / "model"), inputs), expected)
+    assert metadata_of(model).provenance.parameters[1] == count_parameters(model)

@@ -101,7 +101,7 @@ def test_a_router_that_sees_everything_is_named(caplog: pytest.LogCaptureFixture
     base = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8))
     experts = [perturbed(base, 0.1, seed) for seed in (1, 2)]
     upscale(base, experts, k=4, gate_k=4)
-    assert "gate_k=4 spans all inputs of 1 of 2 layers" in caplog.text
+    assert "a router of rank 4 spans all inputs of 1 of 2 layers" in caplog.text
     caplog.clear()
     upscale(base, experts, k=4, gate_k=3)
     assert "spans all inputs" not in caplog.text

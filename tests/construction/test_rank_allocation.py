@@ -188,9 +188,9 @@ def test_the_budget_that_a_message_names_is_the_least() -> None:
         with pytest.raises(ConfigError) as error:
             upscale(base, experts_of(base), **options, **{budget: 1.0001})
         needed = float(re.search(r"gate_k=8 needs ([\d.]+);", str(error.value))[1])
-        upscale(base, experts_of(base), **options, **{budget: needed + 0.0005})  # the message is rounded
+        upscale(base, experts_of(base), **options, **{budget: needed})  # the message is rounded up
         with pytest.raises(ConfigError, match="too little"):
-            upscale(base, experts_of(base), **options, **{budget: needed - 0.0005})
+            upscale(base, experts_of(base), **options, **{budget: needed - 0.001})
 
 
 @pytest.mark.parametrize("budget", ["param_ratio", "byte_ratio"])

@@ -136,6 +136,21 @@ def test_tied_weights_stay_tied():
     assert without.lm_head.weight is without.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize(
+    ("make", "experts", "scope", "warns"),
+    [
+        (tied_llama, 2, "token", True),
+        (tied_llama, 1, "token", False),
+        (tied_llama, 2, "input", False),
+        (t5, 2, "token", False),
+    ],
+)
+def test_token_routing_of_a_causal_language_model_is_warned_of(make, experts, scope, warns, caplog):
+    base = make()
+    upscale(base, experts_of(base, experts), gate_k=2, k=4, routing_scope=scope)
+    assert ("routing_scope=input with top_k=2 chooses by the whole prompt" in caplog.text) == warns
+
+
 def test_a_layer_used_twice_is_upscaled_once():
     shared = nn.Linear(8, 8)
     base = nn.Sequential(shared, nn.ReLU(), shared)

@@ -94,6 +94,7 @@ OPTIONS = {
     "method.gatek=3": "unknown option method.gatek (did you mean 'gate_k'?)",
     "+method.gatek=3": "unknown option 'gatek' (did you mean 'gate_k'?)",
     "+method.routing_score=dual": "the option routing_score was removed: ",
+    "method.allocation=energy": "the option method.allocation was removed: ",
     "method.routing_scope=two_pass": "routing_scope=two_pass is now routing_scope=input",
     "method.k=0": "k=0: an expert needs a rank of at least 1",
     "method.gate_k=0": "gate_k=0: the router needs a rank of at least 1",

@@ -25,7 +25,7 @@ from fusion_bench_smile import (
 )
 from fusion_bench_smile.nn import RIDGE, RoutedLayer, SmileLinear, routed_layers, router_of
 from fusion_bench_smile.nn.input_router import SCORED_SHARE
-from fusion_bench_smile.nn.routing_policy import SHARPNESS
+from fusion_bench_smile.nn.routing_policy import LEAST_SPREAD, SHARPNESS
 
 SCOPES = ("token", "input")
 
@@ -74,7 +74,7 @@ def expected_choice(base: nn.Module, experts: list[nn.Module], inputs: dict[str,
         logs.append(((shares * mask).sum(-1) / mask.sum(-1)).log())  # of shares (B, T, tokens)
     best = torch.stack(logs).mean(dim=0).argmax(-1, keepdim=True)
     behind = torch.stack([log.gather(1, best) - log for log in logs])
-    scores = -SHARPNESS * behind.mean(dim=0) / behind.std(dim=0, correction=0).clamp(min=1e-7)
+    scores = -SHARPNESS * behind.mean(dim=0) / behind.std(dim=0, correction=0).clamp(min=LEAST_SPREAD)
     kept = scores.topk(top_k)
     return torch.zeros_like(scores).scatter(1, kept.indices, kept.values.softmax(-1))
 
@@ -100,7 +100,9 @@ def padded_text() -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("execution", "top_k"), [("merged", 1), *itertools.product(("grouped", "masked"), (1, 2, 3))])
+@pytest.mark.parametrize(
+    ("execution", "top_k"), [("merged", 1), *itertools.product(("auto", "grouped", "masked"), (1, 2, 3))]
+)
 @pytest.mark.parametrize(
     ("make", "make_inputs"),
     [(clip_tower, clip_inputs), (lambda: tied_llama().model, padded_text)],

