@@ -83,6 +83,7 @@ class Entry:
 
     group: str
     build: Callable[[nn.Module, Mapping[str, nn.Module]], Method]
+    sets: tuple[str, ...] = ("eight", "fourteen")  # of tasks
 
 
 # -- SMILE
@@ -173,23 +174,27 @@ def ranked(gate_k: int | None, k: int, **options: Any) -> partial[Method]:
     return partial(smile, gate_k=gate_k, k=k, **options)
 
 
+EIGHT = ("eight",)
 ENTRIES: dict[str, Entry] = {
     "pretrained": Entry("merging", lambda pretrained, experts: Method(served_by(pretrained), 1.0, 1.0, 1.0)),
     **{name: Entry("merging", partial(merged, method=name)) for name in rivals.MERGING},
     "MASS": Entry("MASS", mass),
     "EMR-Merging": Entry("task known", emr),
     "TSV-C": Entry("task known", lambda p, e: oracle(p, e, k=384 // len(e))),
-    **{f"own expert, k={k}, int4": Entry("task known", partial(oracle, k=k, storage="int4")) for k in (16, 32)},
-    "own expert, 98 % dropped, int4": Entry("task known", partial(dropped, kept=0.02)),
-    **{f"token (the paper), {g}/{k}": Entry("token", ranked(g, k)) for g, k in ((8, 8), (16, 32), (32, 32))},
-    **{f"token, {k}/{k}, int4": Entry("token", ranked(None, k, storage="int4")) for k in (16, 32)},
-    **{f"input, {k}/{k}": Entry("input", ranked(None, k, by_input=True)) for k in (8, 32)},
-    **{f"input, {k}/{k}, int4": Entry("input", ranked(None, k, by_input=True, storage="int4")) for k in (16, 32, 64)},
-    "calibrated, 8/8": Entry("calibrated", ranked(None, 8, calibrated=True)),
-    **{
-        f"calibrated, {k}/{k}, int4": Entry("calibrated", ranked(None, k, calibrated=True, storage="int4"))
-        for k in (14, 28)
-    },
+    **{f"own expert, k={k}, int4": Entry("task known", partial(oracle, k=k, storage="int4"), EIGHT) for k in (16, 32)},
+    "own expert, 98 % dropped, int4": Entry("task known", partial(dropped, kept=0.02), EIGHT),
+    "token (the paper), 8/8": Entry("token", ranked(8, 8), EIGHT),
+    "token (the paper), 16/32": Entry("token", ranked(16, 32)),
+    "token (the paper), 32/32": Entry("token", ranked(32, 32), EIGHT),
+    "token, 16/16, int4": Entry("token", ranked(None, 16, storage="int4"), EIGHT),
+    "token, 32/32, int4": Entry("token", ranked(None, 32, storage="int4")),
+    **{f"input, {k}/{k}": Entry("input", ranked(None, k, by_input=True), EIGHT) for k in (8, 32)},
+    "input, 16/16, int4": Entry("input", ranked(None, 16, by_input=True, storage="int4")),
+    "input, 32/32, int4": Entry("input", ranked(None, 32, by_input=True, storage="int4")),
+    "input, 64/64, int4": Entry("input", ranked(None, 64, by_input=True, storage="int4"), EIGHT),
+    "calibrated, 8/8": Entry("calibrated", ranked(None, 8, calibrated=True), EIGHT),
+    "calibrated, 14/14, int4": Entry("calibrated", ranked(None, 14, calibrated=True, storage="int4"), EIGHT),
+    "calibrated, 28/28, int4": Entry("calibrated", ranked(None, 28, calibrated=True, storage="int4")),
 }  # fmt: skip
 
 
@@ -285,7 +290,8 @@ def folders_of(root: Path, seed: int, tasks: Sequence[str]) -> dict[str, Path]:
 def measure(root: Path, task_set: str, seed: int) -> dict[str, Result]:
     """The results of all rows, and of the individual models, for experts of one seed."""
     tasks = TASK_SETS[task_set]
-    names = ["individual", *(name for name, entry in ENTRIES.items() if not (seed and entry.group in ONE_SEED))]
+    left_out = {name for name, e in ENTRIES.items() if task_set not in e.sets or (seed and e.group in ONE_SEED)}
+    names = [name for name in ("individual", *ENTRIES) if name not in left_out]
     files = {name: root / "outcomes" / task_set / str(seed) / f"{name.replace('/', '-')}.npz" for name in names}
     if missing := [name for name, file in files.items() if not file.exists()]:
         pretrained = load_pretrained().eval()
@@ -337,7 +343,10 @@ def tables(root: Path, task_sets: Sequence[str]) -> dict[str, tuple[float, pd.Da
             raise SmileError(f"{root} has no experts of {task_set} tasks: run python -m recipes.images.seeds first")
         results = [measure(root, task_set, seed) for seed in seeds]
         accuracy = np.mean([[v.mean() for v in each["individual"].known.values()] for each in results])
-        result[task_set] = 100 * float(accuracy), pd.DataFrame([row(name, results, seeds) for name in ENTRIES])
+        result[task_set] = (
+            100 * float(accuracy),
+            pd.DataFrame([row(name, results, seeds) for name in ENTRIES if name in results[0]]),
+        )
     return result
 
 
