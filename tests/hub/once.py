@@ -13,7 +13,7 @@ def run_once(folder: Path, work: Callable[[Path], None]) -> Path:
     complete = folder.with_name(f"{folder.name}.complete")
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if not complete.exists():
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)  # a command line may have written there
             work(folder)
             complete.touch()
     return folder
