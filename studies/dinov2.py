@@ -318,7 +318,7 @@ def row(name: str, results: Sequence[Mapping[str, Result]], seeds: Sequence[int]
     kept = [retention(result.known, one) for result, one in zip(each, individual, strict=True)]
     low, high = interval([result.known for result in each], individual)
     unknown = [retention(result.unknown, one) for result, one in zip(each, individual, strict=True)]
-    parameters, bytes32, bytes16 = each[0].sizes
+    parameters, bytes32, bytes16 = each[-1].sizes  # of experts in full rank, if there are some
     told = ENTRIES[name].group == "task known"
     return {
         "method": name, "parameters": "" if np.isnan(parameters) else f"{parameters:.2f}×", "bytes": f"{bytes32:.3f}×",

@@ -74,7 +74,7 @@ DINOV2 = Benchmark(
     "DINOv2-small*", "smile_dinov2", ("eight", "fourteen"), ("eight",),
     MERGED,
     (("backbone_regmean,backbone_adamerging",), ("smile_framework,smile", *ranks("16", "32")),
-     ("smile_input", *ranks("null", "32", "method.storage=int4"))),
+     ("smile_input", *ranks("null", "32", "++method.storage=int4"))),
     ("taskpool.max_samples=200",),
 )  # fmt: skip
 EMBEDDED = Benchmark(
@@ -85,13 +85,13 @@ EMBEDDED = Benchmark(
 TEXT = Benchmark(
     "embedded text*", "smile_text", text.KINDS, text.KINDS, MERGED,
     (("smile_framework,smile", *ranks("8", "8")),
-     ("smile_input,smile_calibrated", *ranks("null", "16", "method.storage=int4"))),
+     ("smile_input,smile_calibrated", *ranks("null", "16", "++method.storage=int4"))),
 )  # fmt: skip
 # the framework's TIES takes more than 16 GB for four of these experts
 SMOLLM2 = Benchmark(
     "SmolLM2*", "smile_smollm2", smollm2.KINDS, smollm2.KINDS, MERGED[:-1],
     (("smile_framework,smile,smile_input,smile_calibrated", *ranks("8", "8")),
-     ("smile_input", *ranks("null", "16", "method.storage=int4"))),
+     ("smile_input", *ranks("null", "16", "++method.storage=int4"))),
 )  # fmt: skip
 BENCHMARKS = {"dinov2": DINOV2, "smollm2": SMOLLM2, "text": TEXT, "embedded": EMBEDDED}
 
