@@ -40,14 +40,19 @@ BITS_PER_VALUE = 4 + 16 / GROUP
 
 def merged(pretrained: nn.Module, experts: Experts, method: str) -> nn.Module:
     """The model that one of `MERGING` makes."""
-    pool = BaseModelPool({"_pretrained_": deepcopy(pretrained), **{n: deepcopy(m) for n, m in experts.items()}})
+    pool = _copied_pool(pretrained, experts)
     with redirect_stdout(io.StringIO()):
         return MERGING[method]().run(pool).eval()
 
 
+def _copied_pool(pretrained: nn.Module, experts: Experts) -> BaseModelPool:
+    """A pool of copies: the framework's methods may change the models that they get."""
+    return BaseModelPool({"_pretrained_": deepcopy(pretrained), **{n: deepcopy(m) for n, m in experts.items()}})
+
+
 def emr(pretrained: nn.Module, experts: Experts) -> dict[str, nn.Module]:
     """The model of EMR-Merging for each task, which must be known: an elected vector, masked and rescaled."""
-    pool = BaseModelPool({"_pretrained_": deepcopy(pretrained), **{n: deepcopy(m) for n, m in experts.items()}})
+    pool = _copied_pool(pretrained, experts)
     model = EMRMerging().run(pool)
     models = {}
     for name in experts:

@@ -170,17 +170,21 @@ class Plan:
 
     def budget(self, config: SmileConfig) -> int:
         """What `param_ratio` or `byte_ratio` allows beside the pretrained model: parameters, or bytes."""
+        name, _, whole = self.budget_unit(config)
+        return int(whole * (getattr(config, name) - 1))
+
+    def budget_unit(self, config: SmileConfig) -> tuple[str, str, int]:
+        """The option of a budget, its unit, and the size of the pretrained model in this unit."""
         if config.byte_ratio is not None:
-            return int(self.bytes * (config.byte_ratio - 1))
-        assert config.param_ratio is not None
-        return int(self.parameters * (config.param_ratio - 1))
+            return "byte_ratio", "bytes", self.bytes
+        return "param_ratio", "parameters", self.parameters
 
     def budget_summary(self, config: SmileConfig) -> dict[str, str]:
         """A budget as text; empty without one. Raises ConfigError if it is too small for the router rows."""
         if not config.has_budget:
             return {}
         allocate_ranks(self, [layer.least_spectra(self.num_experts, config) for layer in self.layers], config)
-        name, unit = ("param_ratio", "parameters") if config.byte_ratio is None else ("byte_ratio", "bytes")
+        name, unit, _ = self.budget_unit(config)
         return {
             f"{unit} added by {name}, at most": f"{self.budget(config):,}",
             "ranks": "known when the experts are factored, and logged",
@@ -199,9 +203,7 @@ def allocate_ranks(
     try:
         return allocate(layers, plan.budget(config) - reserved)
     except ConfigError as error:
-        name, unit, whole = "param_ratio", "parameters", plan.parameters
-        if config.byte_ratio is not None:
-            name, unit, whole = "byte_ratio", "bytes", plan.bytes
+        name, unit, whole = plan.budget_unit(config)
         required = math.ceil(1000 + 1000 * (sum(layer.min_cost for layer in layers) + reserved) / whole) / 1000
         raise ConfigError(
             f"{name}={getattr(config, name)} is too little for the router rows alone, {error} {unit}: "
@@ -238,18 +240,9 @@ def make_plan(pretrained: nn.Module, num_experts: int, config: SmileConfig) -> P
     kept = tuple(name for name in candidates if name not in selected)
     recurrent, blocks = _recurrent_tensors(pretrained), _block_tensors(pretrained)
     return Plan(
-        layers,
-        num_experts,
-        shapes,
-        others,
-        tied,
-        recurrent,
-        blocks,
-        kept,
-        count_parameters(pretrained),
-        count_bytes(pretrained),
-        config.has_budget,
-    )
+        layers, num_experts, shapes, others, tied, recurrent, blocks, kept, count_parameters(pretrained),
+        count_bytes(pretrained), config.has_budget,
+    )  # fmt: skip
 
 
 def estimate_seconds(

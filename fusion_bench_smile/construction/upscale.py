@@ -1,7 +1,6 @@
 """Upscaling: from a pretrained model and its experts to one routed model."""
 
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -18,7 +17,7 @@ from ..io import ExpertSource, Provenance, StateDictSource, stored_names
 from ..io.metadata import describe_model
 from ..io.names import check_expert_names
 from ..io.transformers_hook import attach_metadata
-from ..nn import SCORED_SHARE, Prototypes
+from ..nn import Prototypes, num_scored
 from ..nn.attention import split_in_place, split_names
 from .agreement import check_same_options
 from .assemble import replace_layers, set_averages, set_routing
@@ -96,7 +95,7 @@ def _upscale(
     model = split_in_place(given, split_names(pretrained)) if in_place else deepcopy(pretrained)
     layers_of = partition
     if config.has_budget:
-        scored = math.ceil(SCORED_SHARE * len(plan.layers))
+        scored = num_scored(len(plan.layers))
         reserved = Prototypes.num_parameters(plan.num_experts, scored, calibration) if calibration else 0
         fit_ranks(plan, factorized, partition, config, reserved)
         layers_of = WorkPartition()  # every process has the factors of all

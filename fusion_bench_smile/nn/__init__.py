@@ -3,7 +3,7 @@
 from .attachment import attach_router, deciding_module, detach_router, entry_points, router_of
 from .attention import SplitMultiheadAttention, split_attention
 from .execution import InputGroups, merged_parameters
-from .input_router import ROUTER_NAME, SCORED_SHARE, InputRouter
+from .input_router import ROUTER_NAME, InputRouter, num_scored
 from .inspection import (
     LayerRouting,
     LayerStatistics,
@@ -37,12 +37,12 @@ from .scoring import (
 )
 
 __all__ = [
-    "DENSE", "LAYER_TYPES", "MIN_ENERGY_SHARE", "RIDGE", "ROUTER_NAME", "SCORED_SHARE", "ExpertLayout", "InputGroups",
-    "InputRouter", "LayerRouting", "LayerStatistics", "Prototypes", "RoutedLayer", "RoutingEvent", "RoutingState",
-    "SmileConv1D", "SmileConv2d", "SmileLinear", "SplitMultiheadAttention", "as_expert", "attach_router",
-    "choose_experts", "count_bytes", "count_parameters", "deciding_module", "dequantized", "detach_router",
-    "dual_coefficients", "energy_shares", "entry_points", "expert_norms", "layers_with_router", "mean_over_tokens",
-    "merged_parameters", "observe_routing", "plain_type_of", "project_on_router", "quantize_groups", "quantize_rows",
+    "DENSE", "LAYER_TYPES", "MIN_ENERGY_SHARE", "RIDGE", "ROUTER_NAME", "ExpertLayout", "InputGroups", "InputRouter",
+    "LayerRouting", "LayerStatistics", "Prototypes", "RoutedLayer", "RoutingEvent", "RoutingState", "SmileConv1D",
+    "SmileConv2d", "SmileLinear", "SplitMultiheadAttention", "as_expert", "attach_router", "choose_experts",
+    "count_bytes", "count_parameters", "deciding_module", "dequantized", "detach_router", "dual_coefficients",
+    "energy_shares", "entry_points", "expert_norms", "layers_with_router", "mean_over_tokens", "merged_parameters",
+    "num_scored", "observe_routing", "plain_type_of", "project_on_router", "quantize_groups", "quantize_rows",
     "record_choices", "record_routing", "routed_layers", "routed_type_of", "router_of", "router_scores",
     "router_singular_values", "routing_features", "routing_statistics", "routing_weights", "row_size",
     "select_experts", "split_attention", "store_tensors", "token_energies", "use_experts", "weight_by_expert",

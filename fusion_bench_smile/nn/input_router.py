@@ -43,8 +43,8 @@ from .routing_state import (
 )  # fmt: skip
 
 ROUTER_NAME = "smile_router"  # the router's name as a submodule of the model
-# the first pass has no cache and no loss, and computes the logits of the last token of the inputs
 RECORDING = ("output_attentions", "output_hidden_states")
+# the first pass has no cache and no loss, and computes the logits of the last token of the inputs
 FIRST_PASS_ARGUMENTS = {
     **dict.fromkeys(CACHE_ARGUMENTS), "use_cache": False, "labels": None, **dict.fromkeys(RECORDING, False),
 }  # fmt: skip
@@ -72,6 +72,11 @@ def can_be_interrupted(module: nn.Module) -> bool:
         part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook") or "Parallel" in type(part).__name__
         for part in module.modules()
     )
+
+
+def num_scored(layers: int) -> int:
+    """The number of layers, of those with a router, whose scores choose the experts of an input."""
+    return math.ceil(SCORED_SHARE * layers)
 
 
 class InputRouter(nn.Module):
@@ -225,7 +230,7 @@ class InputRouter(nn.Module):
         """The layers that score inputs: the first two thirds, or as many as the prototypes were fitted to."""
         layers = [layer for layer in self.layers if layer not in self.token_layers]
         if self.prototypes is None:
-            return layers[: math.ceil(SCORED_SHARE * len(layers))]
+            return layers[: num_scored(len(layers))]
         return layers[: len(self.prototypes.scale) // (2 * len(self.experts))]
 
     @torch.no_grad()

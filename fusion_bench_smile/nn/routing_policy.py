@@ -13,9 +13,7 @@ from .routed import RoutedLayer
 from .routing_state import RoutingState, log_energy_share
 from .scoring import energy_shares, routing_features, routing_weights
 
-# With it the softmax of the scores is calibrated: the largest weight is the chance that the expert is that of the
-# input's task, within two points on images, sentences and prompts (docs/routing.md)
-SHARPNESS = 4.0
+SHARPNESS = 4.0  # of the softmax over experts; chosen on images, sentences and prompts together
 LEAST_SPREAD = 0.1  # few layers say little about their deviation; over many it is 0.3 to 0.5
 
 

@@ -61,8 +61,7 @@ def energy_shares(layer: RoutedLayer, x: Tensor) -> Tensor | None:
     projections = project_on_router(layer, x)
     if projections is None:
         return None
-    coefficients = dual_coefficients(layer, projections)
-    return expert_norms(coefficients, layer.layout.gate_ranks).square() / token_energies(layer, x)
+    return _energies(layer, dual_coefficients(layer, projections)) / token_energies(layer, x)
 
 
 def routing_features(layer: RoutedLayer, x: Tensor) -> Tensor | None:
@@ -73,11 +72,14 @@ def routing_features(layer: RoutedLayer, x: Tensor) -> Tensor | None:
     projections = project_on_router(layer, x)
     if projections is None:
         return None
-    gate_ranks = layer.layout.gate_ranks
     weighted = projections * router_singular_values(layer).to(projections.dtype)
-    dual = dual_coefficients(layer, projections)
-    norms = torch.cat([expert_norms(dual, gate_ranks), expert_norms(weighted, gate_ranks)], dim=-1)
-    return norms.square() / token_energies(layer, x)
+    both = [_energies(layer, dual_coefficients(layer, projections)), _energies(layer, weighted)]
+    return torch.cat(both, dim=-1) / token_energies(layer, x)
+
+
+def _energies(layer: RoutedLayer, values: Tensor) -> Tensor:
+    """The sum of squares of each expert's columns of values (…, Σ gate_ranks): (…, T)."""
+    return expert_norms(values, layer.layout.gate_ranks).square()
 
 
 def expert_norms(values: Tensor, gate_ranks: Sequence[int]) -> Tensor:
