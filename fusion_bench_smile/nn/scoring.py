@@ -6,7 +6,6 @@ singular value of that row. A layer has no router where it has one expert, or wh
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
@@ -14,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .layout import is_uniform
 
@@ -103,8 +103,8 @@ def dual_coefficients(layer: RoutedLayer, projections: Tensor) -> Tensor:
 class _Version(NamedTuple):
     """What the rows of a stored tensor depend on."""
 
-    stored: weakref.ref[Tensor]  # compared by identity: an id is used again
-    versions: tuple[int | None, ...]  # of the stored tensor and its scales
+    storages: tuple[StorageWeakRef, ...]  # of the stored tensor and its scales: an address is used again, these are not
+    versions: tuple[object, ...]
     kinds: tuple[object, ...]
 
 
@@ -114,7 +114,7 @@ _inverses: WeakKeyDictionary[RoutedLayer, tuple[_Version, Tensor]] = WeakKeyDict
 def _gram_inverse(layer: RoutedLayer, dtype: torch.dtype) -> Tensor:
     """(GGᵀ + ridge)⁻¹ of the router rows G, which is kept until they change: (Σ gate_ranks, Σ gate_ranks)."""
     version, known = _gate_version(layer, dtype), _inverses.get(layer)
-    if version is not None and known is not None and _is_same(known[0], version):
+    if version is not None and known is not None and known[0] == version:
         return known[1]
     with torch.inference_mode(False), torch.no_grad():
         gate = layer.rows("gate")
@@ -135,12 +135,10 @@ def _gate_version(layer: RoutedLayer, dtype: torch.dtype) -> _Version | None:
         return None
     if any(tensor.is_inference() or tensor.is_meta for tensor in tensors):
         return None
-    versions = tuple(number for tensor in tensors for number in (tensor._version, tensor.data_ptr()))
-    return _Version(weakref.ref(stored), versions, (stored.dtype, stored.device, layer.weight.dtype, dtype))
-
-
-def _is_same(known: _Version, version: _Version) -> bool:
-    return known.stored() is version.stored() and known[1:] == version[1:]
+    storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
+    versions = tuple(number for tensor in tensors for number in (tensor._version, tensor.storage_offset()))
+    kinds = (id(stored), stored.dtype, stored.device, stored.stride(), layer.weight.dtype, dtype)
+    return _Version(storages, versions, kinds)
 
 
 def router_singular_values(layer: RoutedLayer) -> Tensor:

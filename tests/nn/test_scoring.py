@@ -65,12 +65,19 @@ def test_energy_shares_follow_the_router_rows(storage: str) -> None:
     def replace(dimension: int) -> None:
         layer.gate = nn.Parameter(layer.gate.flip(dimension), requires_grad=False)
 
+    def replace_data() -> None:
+        """As casts of the model do; the second one may have the memory of the kept rows, too."""
+        dtype = layer.gate.dtype
+        layer.gate.data = layer.gate.flip(0).double()
+        layer.gate.data = layer.gate.to(dtype)
+
     energy_shares(layer, x)
     for change in (
         lambda: layer.load_state_dict(other.state_dict()),
         *[lambda: replace(0) or replace(1)] * 20,  # the second one may have the memory of the kept rows
         lambda: layer.gate_scale.copy_(layer.gate_scale + 1) if storage != "same" else layer.gate.mul_(2),
         lambda: setattr(layer.gate, "data", layer.gate.flip(0)),
+        *[replace_data] * 20,
         lambda: layer.half().float(),
     ):
         with torch.no_grad():
