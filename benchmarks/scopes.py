@@ -1,54 +1,119 @@
-"""Cost of each routing scope, relative to the plain model.
+"""Cost of a forward pass by routing, relative to the plain model, on DINOv2-small with the experts of eight tasks.
 
-    python benchmarks/scopes.py                     # a vision tower of ViT-B/32's width
-    python benchmarks/scopes.py --device cuda --dtype bfloat16 --depth 12
+    python benchmarks/scopes.py                          # batches of 50 images: of one task, and of all eight
+    python benchmarks/scopes.py --device cuda --dtype bfloat16
 
-Eight experts, gate_k=16, k=32, top_k=1, random weights and images. All models run in turn; the times are medians. The
-first of two passes is a forward pass of the pretrained model, so two passes cost at least twice the plain model.
+All models process the same images in turn; the ratios are medians of paired rounds. `FRAMEWORK` is the framework's own
+SMILE. The multiply-adds of router and experts alone, at the speed of the plain model, are in the column *bound*; they
+leave out attention.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import partial
 
 import torch
-from forward import add_device, interleaved, set_up, upscaled
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from construction import framework
+from forward import add_device, set_up
+from torch import Tensor, nn
 
-from fusion_bench_smile import choose_experts
+from fusion_bench_smile import dequantize, upscale
+from fusion_bench_smile.nn import RoutedLayer, count_parameters
+from smile_zoo.dinov2 import EIGHT_TASKS, load_expert, load_images, load_pretrained
+from smile_zoo.dinov2.task_pool import to_pixels
 
-SCOPES = {
-    "token": {},
-    "sequence": {"routing_scope": "sequence"},
-    "global": {"routing_scope": "global"},
-    "input": {"routing_scope": "input"},
-    "input, merged": {"routing_scope": "input", "execution": "merged"},
-}
+BATCH = 50
+BY_INPUT = {"routing_scope": "input", "top_k": 2}
+SETTINGS = {
+    "token, 8/8": {"gate_k": None, "k": 8},
+    "token, 16/16": {"gate_k": None, "k": 16},
+    "token, 16/32": {"gate_k": 16, "k": 32},
+    "token, 32/32": {"gate_k": None, "k": 32},
+    "input, 8/8": {"gate_k": None, "k": 8, **BY_INPUT},
+    "input, 32/32": {"gate_k": None, "k": 32, **BY_INPUT},
+    "input, 32/32, int4 unpacked": {"gate_k": None, "k": 32, "storage": "int4", **BY_INPUT},
+    "input, 32/32, int4": {"gate_k": None, "k": 32, "storage": "int4", **BY_INPUT},
+    "input, top_k=1, 32/32": {"gate_k": None, "k": 32, **BY_INPUT, "top_k": 1},
+}  # fmt: skip
+FRAMEWORK = "framework, 16/32"
 
 
-@torch.no_grad()
+def paired_ratios(functions: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
+    """The median over rounds of each function's time, relative to that of the first function in the same round."""
+
+    def once(run: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    for run in functions.values():
+        once(run)
+    times = []
+    for turn in range(rounds):
+        order = list(functions) if turn % 2 == 0 else list(reversed(functions))
+        times.append({name: once(functions[name]) for name in order})
+    first = next(iter(functions))
+    return {name: statistics.median(turn[name] / turn[first] for turn in times) for name in functions}
+
+
+def build(pretrained: nn.Module, experts: Mapping[str, nn.Module], name: str) -> nn.Module:
+    """The model of one row."""
+    if name == FRAMEWORK:
+        return framework(deepcopy(pretrained), [deepcopy(expert) for expert in experts.values()], full=False)
+    model = upscale(pretrained, experts, **SETTINGS[name])  # type: ignore[arg-type]
+    return dequantize(model) if name.endswith("unpacked") else model
+
+
+def bound(name: str, model: nn.Module, pretrained: nn.Module) -> float:
+    """Multiply-adds for a token in the linear layers, relative to the plain model's; a first pass is left out."""
+    if name == FRAMEWORK:
+        return float("nan")
+    plain = added = 0
+    for layer in model.modules():
+        if isinstance(layer, RoutedLayer):
+            out_features, in_features = layer.weight_matrix(layer.weight).shape
+            plain += out_features * in_features
+            layout, used = layer.layout, layer.smile_config.top_k / layer.layout.num_experts
+            router = sum(layout.gate_ranks) if layer.smile_config.routing_scope == "token" else 0
+            rows = sum(layout.low_ranks) if router == 0 else sum(layout.down_ranks)
+            added += router * in_features + used * (rows * in_features + sum(layout.low_ranks) * out_features)
+    return 1 + added / plain
+
+
+@torch.inference_mode()
 def main() -> None:
     """Print the table of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_device(parser)
-    parser.add_argument("--depth", type=int, default=3, help="layers of the tower (default: 3)")
-    parser.add_argument("--batches", type=int, nargs="+", default=(1, 8, 32, 128))
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each batch size (default: 20)")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--only", nargs="+", choices=[*SETTINGS, FRAMEWORK], help="some of the rows")
     options = parser.parse_args()
     device, dtype = set_up(options)
-    torch.manual_seed(0)
-    base = CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=options.depth)).eval()
-    models = {scope: upscaled(base, **settings).to(device, dtype) for scope, settings in SCOPES.items()}
-    models = {"plain": base.to(device, dtype), **models}
-    print(f"| images | experts used | plain (ms) | {' | '.join(SCOPES)} |")
-    print(f"|---:|---:|---:|{'---:|' * len(SCOPES)}")
-    for count in options.batches:
-        pixels = torch.randn(count, 3, 224, 224, device=device, dtype=dtype)
-        seconds = interleaved({n: partial(m, pixels) for n, m in models.items()}, device, options.seconds)
-        ratios = [f"{seconds[scope] / seconds['plain']:.2f}×" for scope in SCOPES]
-        used = int((choose_experts(models["input"], pixel_values=pixels) > 0).any(dim=0).sum())
-        print(f"| {count} | {used} | {seconds['plain'] * 1e3:.1f} | {' | '.join(ratios)} |", flush=True)
+    pretrained, experts = load_pretrained(), {task: load_expert(task) for task in EIGHT_TASKS}
+    rows = options.only or [*SETTINGS, FRAMEWORK]
+    models = {"plain": pretrained, **{name: build(pretrained, experts, name) for name in rows}}
+    models = {name: model.eval().to(device, dtype) for name, model in models.items()}
+    images = {task: to_pixels(load_images(task)[:BATCH]["image"]).to(device, dtype) for task in EIGHT_TASKS}
+    every = torch.cat([pixels[:: len(EIGHT_TASKS)] for pixels in images.values()])[:BATCH]
+    batches: dict[str, Tensor] = {"one task": images[EIGHT_TASKS[0]], "eight tasks": every}
+    ratios = {
+        label: paired_ratios(
+            {name: partial(model, pixel_values=pixels) for name, model in models.items()}, device, options.rounds
+        )
+        for label, pixels in batches.items()
+    }
+    print(f"| gate_k/k | parameters | bound | {' | '.join(ratios)} |\n|---|---:|---:|{'---:|' * len(ratios)}")
+    for name in rows:
+        parameters = count_parameters(models[name]) / count_parameters(pretrained)
+        times = " | ".join(f"{values[name]:.2f}×" for values in ratios.values())
+        print(f"| {name} | {parameters:.2f}× | {bound(name, models[name], pretrained):.2f}× | {times} |")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 
 from .exceptions import ConfigError
 
-Execution = Literal["auto", "grouped", "masked", "merged"]
+Execution = Literal["auto", "grouped", "masked"]
 RoutingScope = Literal["token", "input"]
 Storage = Literal["same", "int8", "int4"]
 
@@ -34,6 +34,7 @@ REMOVED = {
     "expert_parameters": "norms and embeddings are the pretrained model's; average_experts=true averages them",
     "allocation": "directions with the most energy for a parameter come first",
 }
+REMOVED_EXECUTION = "merged"
 REMOVED_SCOPES = ("two_pass", "global", "sequence")  # one choice of experts for an input, which ``input`` makes
 
 
@@ -45,6 +46,8 @@ class SmileConfig:
         gate_k: Rank of the router: the number of leading right singular vectors of a delta that score its expert. None
             is the rank k of the experts, whose rows the router shares: it needs no parameters of its own.
         k: Rank of the experts. −1 keeps the deltas dense.
+        density: With ``k=-1``, the share of a delta's entries that is kept, at random and rescaled, e.g. 0.02. None
+            keeps all. See `fusion_bench_smile.nn.sparsity`.
         top_k: Number of experts that serve each token, from 1 to the number of experts.
         routing_use_diff: Route on the deltas Wᵢ − W₀ (True) or on the fine-tuned weights Wᵢ (False).
         average_experts: Average the experts' parameters outside the upscaled layers, instead of the pretrained ones.
@@ -52,8 +55,8 @@ class SmileConfig:
         target_modules: The layers to upscale, as in PEFT: ends of names (``"q_proj"``), regular expressions, or
             ``"all-linear"``; also patterns with wildcards. None selects all of them, the output head included.
         exclude_modules: Layers that stay as pretrained, in the same form.
-        execution: How a routed layer is computed: ``"auto"``, ``"grouped"``, ``"masked"`` or, with
-            ``routing_scope="input"`` and ``top_k=1``, ``"merged"``. See `fusion_bench_smile.nn.execution`.
+        execution: How a routed layer is computed: ``"auto"``, ``"grouped"`` or ``"masked"``. See
+            `fusion_bench_smile.nn.execution`.
         routing_scope: What shares one choice of experts: each ``"token"`` of each layer (the paper), or each
             ``"input"`` in all layers, by a first pass of the pretrained model. See
             `fusion_bench_smile.nn.input_router`.
@@ -73,6 +76,7 @@ class SmileConfig:
 
     gate_k: int | None = 16
     k: int = 32
+    density: float | None = None
     top_k: int = 1
     routing_use_diff: bool = True
     average_experts: bool = False
@@ -104,6 +108,8 @@ class SmileConfig:
         for name, hint in get_type_hints(SmileConfig).items():
             value, choices = getattr(self, name), get_args(hint)
             is_rank = name == "gate_k" and value is not None
+            if name == "execution" and value == REMOVED_EXECUTION:
+                raise ConfigError(f"{name}={value} was removed: {name}=auto merges weights where it pays")
             if name == "routing_scope" and value in REMOVED_SCOPES:
                 raise ConfigError(f"{name}={value} is now {name}=input, one choice of experts for each input")
             if (hint is int or is_rank) and (isinstance(value, bool) or not isinstance(value, int)):
@@ -120,17 +126,23 @@ class SmileConfig:
             raise ConfigError(f"k={self.k}: an expert needs a rank of at least 1, or −1 to stay dense")
         if self.gate_k is None and self.k == -1:
             raise ConfigError("gate_k=null is the rank k of the experts, and k=-1 keeps them dense: set gate_k")
+        self._check_density()
         if self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k}: at least 1 expert must serve each token")
+
+    def _check_density(self) -> None:
+        value = self.density
+        if value is None:
+            return
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 < value < 1:
+            raise ConfigError(f"density={value!r} is not a share between 0 and 1, or null to keep all entries")
+        if self.k != -1:
+            raise ConfigError(f"density={value} keeps a share of dense deltas, which k=-1 gives; k is {self.k}")
 
     def _check_combinations(self) -> None:
         if self.refuse_unknown and self.routing_scope != "input":
             raise ConfigError("refuse_unknown=true needs routing_scope=input, which compares whole inputs")
-        if self.execution == "merged" and (self.routing_scope != "input" or self.top_k != 1):
-            raise ConfigError(
-                f"execution=merged needs routing_scope=input and top_k=1, one expert for a whole input; they are "
-                f"{self.routing_scope} and {self.top_k}: use execution=auto"
-            )
 
     def _check_budget(self) -> None:
         budgets = {n: v for n in ("param_ratio", "byte_ratio") if (v := getattr(self, n)) is not None}
@@ -195,6 +207,8 @@ class SmileConfig:
         current = {name: value for name, value in options.items() if name not in REMOVED}
         if current.get("routing_scope") in REMOVED_SCOPES:
             current["routing_scope"] = "input"
+        if current.get("execution") == REMOVED_EXECUTION:
+            current["execution"] = "auto"
         return cls.from_dict({**current, "device": "auto", "upscaling_accelerator": None})
 
     @classmethod

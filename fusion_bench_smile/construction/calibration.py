@@ -43,7 +43,7 @@ def calibrate(model: nn.Module, inputs: Mapping[str, Batches]) -> None:
         features = [_features(router, module, inputs[name], name) for name in metadata.experts]
     finally:
         model.train(training)
-    router.prototypes = Prototypes.fit(features).to(next(model.parameters()).device)
+    router.prototypes = Prototypes.fit(features, rows=router.scored_rows).to(next(model.parameters()).device)
     attach_metadata(model, describe_model(model, metadata.config, metadata.experts, metadata.provenance))
 
 

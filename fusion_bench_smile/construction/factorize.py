@@ -15,6 +15,7 @@ from ..exceptions import PlanError
 from ..io import ExpertSource, ResizedSource, Source, StateDictSource, open_source, stored_names, tensor_digest
 from ..nn import DENSE
 from ..nn.quantization import largest_rounded
+from ..nn.sparsity import drop
 from .agreement import check_same_experts, check_same_models
 from .changes import TensorChanges, check_averages, read_changes, read_finite
 from .factor_cache import FactorCache, known_digest
@@ -164,10 +165,14 @@ class _Delta:
         return ExpertFactors(
             rank=rank if dense is None else DENSE, gate_rank=gate_rank,
             gate=self._stored(gate and gate.down), down=self._stored(delta and delta.down[shared:rank]),
-            up=self._stored(delta and delta.up[:, :rank].mT), dense=self._stored(dense), bias=bias,
+            up=self._stored(delta and delta.up[:, :rank].mT), dense=self._stored(self._kept(dense)), bias=bias,
             energy=delta.energy(k) if delta and rank else 1.0, source_digest=self.source_digest,
             squared_norm=sum(_squared_norm(x) for x in (delta.norm if delta else dense, bias) if x is not None),
         )  # fmt: skip
+
+    def _kept(self, dense: Tensor | None) -> Tensor | None:
+        density = self.factorizer.config.density
+        return dense if dense is None or density is None else drop(dense, density)
 
     def _stored(self, tensor: Tensor | None) -> Tensor | None:
         if tensor is None:

@@ -22,7 +22,7 @@ class ExpertFactors:
     down: Tensor | None = None  # the directions that are not router rows, (rows, in), or None
     up: Tensor | None = None  # left singular vectors times singular values, (rank, out), or None
     gate: Tensor | None = None  # router rows, (gate_rank, in), or None
-    dense: Tensor | None = None  # the delta, (out, in), or None
+    dense: Tensor | None = None  # the delta, (out, in), or with a density its kept entries (kept,), or None
     bias: Tensor | None = None  # the bias delta, (out,), or None
     energy: float = 1.0  # the share of ‖ΔW‖² that the rank keeps
     squared_norm: float = 0.0  # ‖ΔW‖² + ‖Δb‖², of which no rank took anything
@@ -54,7 +54,7 @@ class LayerFactors:
         each_expert = zip(layout.ranks, layout.gate_ranks, changes, energies or [1.0] * num_experts, strict=True)
         factors.experts = [ExpertFactors(k, gate_k, bias=bias, energy=e) for k, gate_k, bias, e in each_expert]
         for name in ROW_TENSORS:
-            if (rows := layer.rows(name)) is not None:
+            if (rows := layer.kept_rows(name)) is not None:
                 factors._append_rows(name, rows)
         return factors
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..config import SmileConfig
 from ..exceptions import ConfigError, PlanError
 from ..nn import DENSE, RoutedLayer, count_bytes, count_parameters, routed_type_of, row_size
+from ..nn.sparsity import num_kept
 from .bounds import ExpertBounds
 from .layer_selection import candidate_layers, select_layers
 from .parallel import map_in_parallel, num_workers
@@ -38,6 +39,7 @@ class LayerPlan:
     dtype: torch.dtype  # of its weight
     routed_type: type[RoutedLayer]  # the type of the routed layer
     shared_router: bool = True  # the router's rows are the leading directions of the experts
+    density: float | None = None  # the share of a dense delta's entries that is kept
 
     @property
     def rank(self) -> int:
@@ -96,7 +98,9 @@ class LayerPlan:
         gate_k = self.gate_k if with_router else 0
         gate_rank = min(gate_k, limit) if self.shared_router else gate_k
         if self.k == DENSE:
-            return (self.out_features * int(limit > 0) + gate_rank) * self.in_features
+            size = self.out_features * self.in_features
+            kept = size if self.density is None else num_kept(size, self.density)
+            return kept * int(limit > 0) + gate_rank * self.in_features
         k = min(self.k, limit)
         down = max(k, gate_rank) if self.shared_router else k + gate_rank
         return down * self.in_features + k * self.out_features
@@ -366,7 +370,7 @@ def _plan_layer(name: str, layer: nn.Module, config: SmileConfig) -> LayerPlan:
     has_bias = layer.bias is not None
     return LayerPlan(
         name, in_features, out_features, k, gate_k, has_bias, weight.dtype, routed_type,
-        config.routing_use_diff,
+        config.routing_use_diff, config.density,
     )  # fmt: skip
 
 

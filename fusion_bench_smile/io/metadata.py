@@ -103,6 +103,7 @@ class SmileMetadata:
     layouts: dict[str, ExpertLayout]  # layer → the ranks of the experts in it
     provenance: Provenance = field(default_factory=Provenance)
     prototypes: tuple[int, int] | None = None  # the number of features and of directions of the router's prototypes
+    scored_rows: int | None = None  # router rows of each expert that the prototypes' features are computed with
     loading: str = LOADING  # what loading the checkpoint requires, for people
     split_attention: tuple[str, ...] = ()  # the attention modules that are split, see `split_attention`
 
@@ -116,7 +117,7 @@ class SmileMetadata:
     def to_dict(self) -> dict[str, Any]:
         """JSON values in checkpoint format 3."""
         calibrated = Prototypes.size(len(self.experts), *self.prototypes) if self.prototypes else 0
-        router = {"prototypes": list(self.prototypes) if self.prototypes else None}
+        router = {"prototypes": list(self.prototypes) if self.prototypes else None, "scored_rows": self.scored_rows}
         return {
             "layers": {name: self._layer_dict(layout) for name, layout in self.layouts.items()},
             "experts": list(self.experts), "options": json.loads(json.dumps(self.config.to_dict())),
@@ -163,7 +164,7 @@ class SmileMetadata:
         return cls(
             config, tuple(section.experts), {name: _layout(layer) for name, layer in section.layers.items()},
             _provenance(section.recipe or RecipeValues()),
-            None if router.prototypes is None else (router.prototypes[0], router.prototypes[1]),
+            None if router.prototypes is None else (router.prototypes[0], router.prototypes[1]), router.scored_rows,
             section.needs or LOADING, tuple(section.split_attention),
         )  # fmt: skip
 
@@ -188,6 +189,7 @@ def describe_model(
         config, tuple(experts), layouts={name: layer.layout for name, layer in routed_layers(model).items()},
         provenance=replace(provenance, parameters=(provenance.parameters[0], count_parameters(model))),
         prototypes=None if prototypes is None else (len(prototypes.scale), len(prototypes.variances)),
+        scored_rows=None if prototypes is None else prototypes.rows,
         split_attention=tuple(split_names(model)),
     )  # fmt: skip
 

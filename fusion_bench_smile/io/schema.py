@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ..config import REMOVED_EXECUTION
 from ..exceptions import CheckpointError, PlanError
 from .names import check_expert_names
 from .text import shortened
@@ -39,6 +40,11 @@ class LayerValues(_Section):
     execution: str
     storage: str
 
+    @field_validator("execution")
+    @classmethod
+    def _read_removed(cls, value: str) -> str:
+        return "auto" if value == REMOVED_EXECUTION else value
+
 
 class ChangeValues(_Section):
     """How far an expert is from the pretrained model; see `ExpertChange`."""
@@ -65,6 +71,7 @@ class RouterValues(_Section):
     prototypes: Annotated[list[Annotated[int, Field(ge=1, le=MAX_RANK)]], Field(min_length=2, max_length=2)] | None = (
         None
     )
+    scored_rows: Annotated[int, Field(ge=1, le=MAX_RANK)] | None = None  # absent in checkpoints that score with all
 
 
 class CheckpointValues(_Section):

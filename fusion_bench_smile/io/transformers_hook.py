@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..exceptions import CheckpointError
+from ..exceptions import CheckpointError, PlanError
 from ..nn.attachment import attach_router
 from ..nn.attention import replace_modules, split_in_place, splittable
 from ..nn.compatibility import read_layers
@@ -158,7 +158,7 @@ def _add_router(model: nn.Module, metadata: SmileMetadata) -> None:
         return
     num_experts, router = len(metadata.experts), InputRouter(metadata.config, metadata.experts)
     if metadata.prototypes is not None:
-        router.prototypes = Prototypes(num_experts, *metadata.prototypes)
+        router.prototypes = Prototypes(num_experts, *metadata.prototypes, rows=metadata.scored_rows)
     attach_router(model, router)
 
 
@@ -327,6 +327,12 @@ def _resize_token_embeddings(
     """``resize_token_embeddings``, after which a routed head still is one. Its experts do not change new tokens."""
     head = model.get_output_embeddings()
     num_tokens = len(head.weight) if isinstance(head, SmileLinear) else None
+    has_dropped = isinstance(head, SmileLinear) and head.smile_config.density is not None and head.dense is not None
+    if has_dropped and new_num_tokens is not None:
+        raise PlanError(
+            "the head has experts with dropped entries, whose places depend on its size: resize the embeddings of all "
+            "models before upscaling, or leave the head out with exclude_modules"
+        )
     resized = type(model).resize_token_embeddings(model, new_num_tokens, *args, **kwargs)
     plain = model.get_output_embeddings()  # the routed head itself where it is tied, with another weight
     if isinstance(head, SmileLinear) and len(plain.weight) != num_tokens:

@@ -2,9 +2,9 @@
 
 - *masked*: every token with every expert, times its routing weight, which is zero for most experts. No operation
   depends on the routing, and none synchronises with the host: the layer can be compiled and exported.
-- *grouped*: the tokens of each expert are gathered and computed with this expert alone.
-- *merged*: where the experts of whole inputs are chosen beforehand, the inputs of each expert are computed with
-  W₀ + ΔWᵢ.
+- *grouped*: the tokens of each expert are gathered and computed with this expert alone; so are whole inputs, where
+  their experts were chosen beforehand.
+- *merged*: one choice of experts for all tokens is added to W₀, see `merged_weights`.
 
 T is the number of experts, B the number of inputs.
 """
@@ -19,15 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import is_uniform
-from .scoring import expert_norms, project_on_router, routing_weights, select_experts
+from .merged_weights import Parameters, merge
+from .scoring import expert_norms, is_traced, project_on_router, routing_weights, select_experts
 
 if TYPE_CHECKING:
     from .routed import RoutedLayer
+    from .routing_state import RoutingState
 
 # On a CPU, gathering the tokens of an expert costs as much as this many multiply-adds, and several times as many where
 # the result is weighted. A group of few tokens takes as long as one of MIN_TOKENS, since the weights have to be read.
 GROUP_COST, WEIGHTED_GROUP_COST = 10_000_000, 40_000_000
 MIN_TOKENS = 8
+MOST_INPUTS = 0.7  # an expert of a larger share of a batch is computed for all: gathering a part costs more
 
 
 class InputGroups(NamedTuple):
@@ -39,32 +42,54 @@ class InputGroups(NamedTuple):
 
 def routed_output(layer: RoutedLayer, x: Tensor) -> Tensor:
     """The output of a routed layer for x (…, in): (…, out)."""
-    router, config = layer.input_router, layer.smile_config
+    router = layer.input_router
     state = None if router is None else router.state_for(layer)
-    weights = None if router is None or state is None else router.weights(state, layer, x)
-    if router is not None and state is not None and weights is not None:
-        groups = router.group_inputs(state, weights) if grouping_inputs_pays(layer, x) else None
-        if groups is not None and config.execution == "merged":
-            return merged(layer, x, groups)
+    if router is None or state is None:
+        return by_token(layer, x)
+    weights = router.weights(state, layer, x)
+    merged = None if weights is None else merged_parameters(layer, x, state)
+    if merged is not None:
+        return layer.plain_output(x, *merged)
+    groups = router.group_inputs(state, weights) if weights is not None and grouping_inputs_pays(layer, x) else None
     output = layer.plain_output(x, layer.weight, cast("Tensor | None", layer.bias))
-    if state is not None:
-        return output if weights is None else per_input(layer, x, output, weights, groups)
+    return output if weights is None else by_input(layer, x, output, weights, groups)
+
+
+def by_token(layer: RoutedLayer, x: Tensor) -> Tensor:
+    """The output (…, out) for x (…, in) where the router chooses experts for each token."""
+    output = layer.plain_output(x, layer.weight, cast("Tensor | None", layer.bias))
     projections = project_on_router(layer, x)
     if projections is None:  # one expert, or changed biases alone: all experts have the same weight
         uniform = output.new_full((*output.shape[:-1], layer.layout.num_experts), 1 / layer.layout.num_experts)
         return masked(layer, x, output, None, uniform)
     scores = expert_norms(projections, layer.layout.gate_ranks)
     layer.call_routing_hooks(x, scores)
+    if is_one_token(layer, x):
+        return one_token(layer, x, output, projections, scores)
     if grouping_pays(layer, x):
         return grouped(layer, x, output, projections, scores)
-    every_expert = config.top_k >= layer.layout.num_experts
-    weights = scores.softmax(dim=-1) if every_expert else routing_weights(scores, config.top_k)
+    top_k = layer.smile_config.top_k
+    weights = scores.softmax(dim=-1) if top_k >= layer.layout.num_experts else routing_weights(scores, top_k)
     return masked(layer, x, output, projections, weights)
 
 
-def is_traced() -> bool:
-    """Whether a compiler, an export or a trace records the operations, which must then not depend on the routing."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+def merged_parameters(layer: RoutedLayer, x: Tensor, state: RoutingState) -> Parameters | None:
+    """The weight and bias with the experts of all inputs added to them, where they have one choice and it pays.
+
+    The sum is kept while the choice holds: while a model generates, or in a ``use_experts`` block. For a single call it
+    has to cost less than the products of the tokens with the factors.
+    """
+    config, router, dtype = layer.smile_config, layer.input_router, layer.weight.dtype
+    choice = None if router is None or is_traced() or config.execution != "auto" else state.one_choice
+    # of lower precision, the sum would be rounded by as much as the deltas
+    if choice is None or router is None or torch.is_grad_enabled() or dtype not in (torch.float32, torch.float64):
+        return None
+    if state.is_given or state.is_continued:
+        return router.merged_weights.get(layer, choice)
+    out_features, in_features = layer.weight_matrix(layer.weight).shape
+    tokens = x.numel() // in_features
+    pays = bool(layer.layout.dense_experts) or tokens * (in_features + out_features) > in_features * out_features
+    return merge(layer, choice) if pays else None
 
 
 def grouping_pays(layer: RoutedLayer, x: Tensor) -> bool:
@@ -80,6 +105,13 @@ def grouping_pays(layer: RoutedLayer, x: Tensor) -> bool:
         return config.execution == "grouped" and config.top_k < layout.num_experts and not torch.jit.is_tracing()
     cost = GROUP_COST if config.top_k == 1 else WEIGHTED_GROUP_COST
     return x.device.type == "cpu" and not is_traced() and _saved_products(layer, x) > cost * _num_groups(layer, x)
+
+
+def is_one_token(layer: RoutedLayer, x: Tensor) -> bool:
+    """Whether an input (…, in) is one token whose experts can be read without waiting for a device."""
+    if not layer.can_group_tokens or layer.smile_config.execution != "auto":
+        return False
+    return x.device.type == "cpu" and x.numel() == x.shape[-1] and not is_traced()
 
 
 def grouping_inputs_pays(layer: RoutedLayer, x: Tensor) -> bool:
@@ -122,6 +154,19 @@ def masked(layer: RoutedLayer, x: Tensor, output: Tensor, projections: Tensor | 
     return output
 
 
+def one_token(layer: RoutedLayer, x: Tensor, output: Tensor, projections: Tensor, scores: Tensor) -> Tensor:
+    """`output` (…, out) of a single token, to which the contributions of its experts are added."""
+    gate_ranks, shared_ranks = layer.layout.gate_ranks, layer.layout.shared_ranks
+    experts, weights = select_experts(scores.flatten(), layer.smile_config.top_k)
+    token, projections = x.reshape(1, -1), projections.reshape(1, -1)
+    for expert, weight in zip(experts.tolist(), weights.tolist(), strict=True):
+        start = sum(gate_ranks[:expert])
+        contribution = _contribution(layer, expert, token, None, projections[:, start : start + shared_ranks[expert]])
+        if contribution is not None:
+            output = output.add(contribution.view_as(output).to(output.dtype), alpha=weight)
+    return output
+
+
 def grouped(layer: RoutedLayer, x: Tensor, output: Tensor, projections: Tensor, scores: Tensor) -> Tensor:
     """`output` (…, out), to which the contribution of each expert to its tokens is added in place."""
     top_k = layer.smile_config.top_k
@@ -134,7 +179,7 @@ def grouped(layer: RoutedLayer, x: Tensor, output: Tensor, projections: Tensor, 
     shared = _group_projections(layer, projections, token_indices, experts.index_select(0, order), counts)
     groups = zip(order.split(counts), token_indices.split(counts), shared, strict=True)
     for expert, (entries, indices, columns) in enumerate(groups):
-        contribution = _group_contribution(layer, expert, tokens, indices, columns) if len(indices) else None
+        contribution = _contribution(layer, expert, tokens, indices, columns) if len(indices) else None
         if contribution is not None:
             if top_k > 1:
                 contribution = contribution * weights[entries, None].to(contribution.dtype)
@@ -142,77 +187,34 @@ def grouped(layer: RoutedLayer, x: Tensor, output: Tensor, projections: Tensor, 
     return output
 
 
-def per_input(layer: RoutedLayer, x: Tensor, output: Tensor, weights: Tensor, groups: InputGroups | None) -> Tensor:
+def by_input(layer: RoutedLayer, x: Tensor, output: Tensor, weights: Tensor, groups: InputGroups | None) -> Tensor:
     """`output` (B, …, out) plus the experts' contributions, with one weight (B, T) for all tokens of an input."""
     if groups is None:
         shape = (weights.shape[0], *[1] * (output.ndim - 2), weights.shape[1])  # len() would fix the size of an export
         token_weights = weights.view(shape).expand(*output.shape[:-1], -1)
         return masked(layer, x, output, project_on_router(layer, x), token_weights)
-    for expert, inputs in groups.members:
-        whole_batch = len(inputs) == len(x)
-        contribution = expert_contribution(layer, expert, x if whole_batch else x.index_select(0, inputs))
-        if contribution is None:
-            continue
-        if layer.smile_config.top_k > 1:
-            weight = weights[:, expert] if whole_batch else weights[inputs, expert]
-            contribution = contribution * weight.view(-1, *[1] * (output.ndim - 1)).to(contribution.dtype)
-        # an expert that changed the bias alone adds the same to all tokens
-        contribution = contribution.to(output.dtype).expand(len(inputs), *output.shape[1:])
-        output = output + contribution if whole_batch else output.index_add_(0, inputs, contribution)
-    return output
-
-
-def merged(layer: RoutedLayer, x: Tensor, groups: InputGroups) -> Tensor:
-    """The output (B, …, out) for x (B, …, in) with at most one expert for each input."""
-    members: list[tuple[int | None, Tensor]] = [*groups.members]
-    if sum(len(inputs) for _, inputs in groups.members) < groups.num_inputs or not members:
-        without_expert = torch.ones(groups.num_inputs, dtype=torch.bool, device=x.device)
-        for _, inputs in groups.members:
-            without_expert[inputs] = False
-        members.append((None, without_expert.nonzero()[:, 0]))
-    outputs = [
-        layer.plain_output(
-            x if len(inputs) == groups.num_inputs else x.index_select(0, inputs), *merged_parameters(layer, expert)
-        )
-        for expert, inputs in members
-    ]
-    if len(outputs) == 1:
-        return outputs[0]
-    output = outputs[0].new_empty(groups.num_inputs, *outputs[0].shape[1:])
-    for (_, inputs), part in zip(members, outputs, strict=True):
-        output.index_copy_(0, inputs, part)
-    return output
-
-
-def merged_parameters(layer: RoutedLayer, expert: int | None) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias of the plain layer plus the deltas of one expert; None adds nothing."""
-    weight, bias = layer.weight, cast("Tensor | None", layer.bias)
-    if expert is None:
-        return weight, bias
-    dense, up = layer.rows("dense", expert), layer.rows("up", expert)
-    if dense is not None:
-        weight = weight.clone()
-        layer.weight_matrix(weight).add_(dense[0])
-    elif up is not None:
-        weight = weight.clone()
-        layer.weight_matrix(weight).addmm_(up.mT, cast(Tensor, layer.directions(expert)))
+    token_shape = (-1, *[1] * (output.ndim - 2))
     if layer.expert_bias is not None:
-        bias = layer.expert_bias[expert] if bias is None else bias + layer.expert_bias[expert]
-    return weight, bias
+        biases = weights.to(layer.expert_bias.dtype) @ layer.expert_bias  # (B, out)
+        output = output + biases.view(*token_shape, biases.shape[-1]).to(output.dtype)
+    for expert, inputs in groups.members:
+        if not layer.layout.ranks[expert]:
+            continue
+        most = len(inputs) > MOST_INPUTS * len(x)  # the others have the weight zero
+        share = (weights[:, expert] if most else weights[inputs, expert]).view(*token_shape, 1)
+        product = delta_product(layer, expert, x if most else x.index_select(0, inputs), share).to(output.dtype)
+        output = output + product if most else output.index_add_(0, inputs, product)
+    return output
 
 
-def expert_contribution(layer: RoutedLayer, expert: int, x: Tensor) -> Tensor | None:
-    """What one expert adds to the output for all tokens of x: (…, out); (out,) for a bias alone, None for nothing."""
-    contribution: Tensor | None = None
+def delta_product(layer: RoutedLayer, expert: int, x: Tensor, share: Tensor) -> Tensor:
+    """The product of x (…, in) with the delta of an expert that has one, times its share (…, 1): (…, out)."""
     dense, up = layer.rows("dense", expert), layer.rows("up", expert)
     if dense is not None:
-        contribution = layer.project(x, dense[0])
-    elif up is not None:
-        contribution = layer.project(x, cast(Tensor, layer.directions(expert))) @ up
-    if layer.expert_bias is None:
-        return contribution
-    bias = layer.expert_bias[expert]
-    return bias if contribution is None else contribution + bias
+        product = layer.project(x, dense[0])
+        return product * share.to(product.dtype)
+    projections = layer.project(x, cast(Tensor, layer.directions(expert)))
+    return (projections * share.to(projections.dtype)) @ cast(Tensor, up)
 
 
 def _weighted_directions(layer: RoutedLayer, x: Tensor, projections: Tensor | None, weights: Tensor) -> Tensor:
@@ -245,21 +247,26 @@ def _group_projections(
     return [block[:, :rank] for block, rank in zip(gathered, layout.shared_ranks, strict=True)]
 
 
-def _group_contribution(
-    layer: RoutedLayer, expert: int, tokens: Tensor, indices: Tensor, shared: Tensor
+def _contribution(
+    layer: RoutedLayer, expert: int, tokens: Tensor, indices: Tensor | None, shared: Tensor
 ) -> Tensor | None:
-    """What one expert adds to some tokens, whose `shared` projections are known: (n, out); None for nothing."""
+    """What one expert adds to some tokens (N, in), or to all: (n, out); None for nothing.
+
+    `shared` holds the projections of these tokens on the expert's router rows that are directions.
+    """
+
+    def used() -> Tensor:  # gathered only where it is needed
+        return tokens if indices is None else tokens.index_select(0, indices)
+
     bias = None if layer.expert_bias is None else layer.expert_bias[expert]
     dense, up = layer.rows("dense", expert), layer.rows("up", expert)
     if dense is not None:
-        return F.linear(tokens.index_select(0, indices), dense[0], bias)
+        return F.linear(used(), dense[0], bias)
     if up is not None:
         down = layer.rows("down", expert)
-        projections = shared
-        if down is not None:
-            projections = torch.cat([shared, F.linear(tokens.index_select(0, indices), down)], dim=-1)
+        projections = shared if down is None else torch.cat([shared, F.linear(used(), down)], dim=-1)
         return F.linear(projections.to(up.dtype), up.mT, bias)
-    return None if bias is None else bias.expand(len(indices), -1)
+    return None if bias is None else bias.expand(len(shared), -1)
 
 
 def _add_product(output: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -25,7 +25,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import SmileConfig
 from .attribution import LayerInputs, find_token_layers, first_input, log_token_layers
-from .execution import InputGroups, is_traced
+from .energy import SCORED_ROWS
+from .execution import InputGroups
+from .merged_weights import MergedWeights
 from .prototypes import Prototypes
 from .routed import RoutedLayer, routed_layers
 from .routing_policy import choose_for_all_layers, group_by_expert, observe_layer
@@ -41,6 +43,7 @@ from .routing_state import (
     repeat_for_rows,
     tensors_in,
 )  # fmt: skip
+from .scoring import is_traced
 
 ROUTER_NAME = "smile_router"  # the router's name as a submodule of the model
 RECORDING = ("output_attentions", "output_hidden_states")
@@ -89,6 +92,7 @@ class InputRouter(nn.Module):
     prototypes: Prototypes | None  # calibrated, their scores replace the experts'
     layers: tuple[RoutedLayer, ...]  # those with a router in the deciding module, in the order of the model
     token_layers: set[RoutedLayer]  # the layers whose tokens can't be attributed to inputs
+    merged_weights: MergedWeights  # of choices that hold for several calls
 
     def __init__(self, config: SmileConfig, experts: Sequence[str]) -> None:
         super().__init__()
@@ -96,6 +100,7 @@ class InputRouter(nn.Module):
         self.prototypes = None
         self.layers = ()
         self.token_layers = set()
+        self.merged_weights = MergedWeights()
         self._examined: set[nn.Module] = set()  # the entry points whose layers were examined for `token_layers`
         self._choice_hooks: OrderedDict[int, ChoiceHook] = OrderedDict()
 
@@ -108,6 +113,11 @@ class InputRouter(nn.Module):
     def forward(self, x: Any) -> Any:
         """The identity: a `torch.nn.Sequential` calls all its submodules, and the router may be one of them."""
         return x
+
+    @property
+    def scored_rows(self) -> int | None:
+        """The number of router rows of each expert, at most, that score whole inputs; None is all."""
+        return SCORED_ROWS if self.prototypes is None else self.prototypes.rows
 
     # -- the questions of the layers
 
@@ -131,7 +141,7 @@ class InputRouter(nn.Module):
         if state.inputs_of_layers is not None:
             state.inputs_of_layers.setdefault(layer, []).append(x.detach())
         elif layer in state.awaited:
-            observe_layer(state, layer, x)
+            observe_layer(state, layer, x, self.scored_rows)
             state.awaited.remove(layer)
             if not state.awaited and state.can_end_early:
                 raise _FirstPassEnd

@@ -1,6 +1,6 @@
 """Prototypes of tasks for calibrated routing, fitted to a few unlabelled inputs of each expert's task.
 
-Linear discriminant analysis in the space of `scoring.routing_features`: one mean for each task and a shared, shrunk
+Linear discriminant analysis in the space of `energy.routing_features`: one mean for each task and a shared, shrunk
 covariance. The score of a task is a weighted sum of the prototypes' log-likelihood and the experts' zero-shot score;
 cross-validation chooses both weights. Inputs that are far from all prototypes can be recognised as of an unknown task,
 by the Mahalanobis distance and the relative Mahalanobis distance (arXiv 2106.09022, section 2).
@@ -21,7 +21,8 @@ class Prototypes(nn.Module):
     """Prototypes of T tasks in a space of D = L·2·T features, for L layers.
 
     The covariance of standardised features is Σⱼ λⱼ pⱼpⱼᵀ + λ₀(1 − Σⱼ pⱼpⱼᵀ). All tensors are frozen, float32.
-    Cross-validation gives `radius`, which is infinite where there are too few inputs, and `trust`.
+    Cross-validation gives `radius`, which is infinite where there are too few inputs, and `trust`. `rows` is the number
+    of router rows of each expert, at most, that the features are computed with; None is all.
     """
 
     mean: Tensor  # (T, D), of standardised features
@@ -32,8 +33,9 @@ class Prototypes(nn.Module):
     radius: Tensor  # (2,), the 97.5 % quantiles of both columns of `remoteness`
     trust: Tensor  # (2,), the weights of log-likelihood −d²/2 and zero-shot scores, with the least cross-entropy
 
-    def __init__(self, tasks: int, features: int, directions: int) -> None:
+    def __init__(self, tasks: int, features: int, directions: int, rows: int | None = None) -> None:
         super().__init__()
+        self.rows = rows
         shapes = {
             "mean": (tasks, features), "scale": (features,), "directions": (directions, features),
             "variances": (directions,), "rest": (1,), "radius": (2,), "trust": (2,),
@@ -54,12 +56,13 @@ class Prototypes(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, features: list[Tensor], cross_validate: bool = True) -> Prototypes:
+    def fit(cls, features: list[Tensor], cross_validate: bool = True, rows: int | None = None) -> Prototypes:
         """Fit prototypes to the features of each task's inputs, (n, D) with n at least 1.
 
         Without `cross_validate` only means and covariance are fitted, and `trust` and `radius` stay zero.
         """
         prototypes = cls._fit_distribution(features)
+        prototypes.rows = rows
         if not cross_validate:
             return prototypes
         prototypes.radius.fill_(torch.inf)

@@ -17,6 +17,7 @@ from .execution import routed_output
 from .layout import ExpertLayout, is_uniform
 from .quantization import ROW_TENSORS, dequantized, stored_rows
 from .scoring import select_experts
+from .sparsity import num_kept, restore
 
 if TYPE_CHECKING:
     from .input_router import InputRouter
@@ -46,7 +47,7 @@ class RoutedLayer(nn.Module):
     - `gate` (Σ gate_ranks, in): the router rows; with a shared router the leading right singular vectors;
     - `down` (Σ down_ranks, in): the right singular vectors that are not router rows;
     - `up` (Σ ranks, out): the left singular vectors times the singular values, one a row;
-    - `dense` (number of dense experts, out, in): dense deltas;
+    - `dense` (number of dense experts, out, in): dense deltas, with a density (number, kept) as in `sparsity`;
     - `expert_bias` (T, out): bias deltas.
 
     With ``storage="int8"`` or ``"int4"`` the first four hold integers, and their scales are parameters such as
@@ -93,13 +94,11 @@ class RoutedLayer(nn.Module):
         """Register the experts' parameters, all zero."""
         self.layout, self.smile_config = layout, config
         self._routing_hooks: OrderedDict[int, RoutingHook] = OrderedDict()
-        out_features, in_features = self.weight_matrix(self.weight).shape
+        out_features = len(self.weight_matrix(self.weight))
         sizes = {name: sum(rows) for name, rows in layout.rows.items()}
-        shapes: dict[str, tuple[int, ...]] = {
-            "gate": (sizes["gate"], in_features), "down": (sizes["down"], in_features),
-            "up": (sizes["up"], out_features), "dense": (sizes["dense"], out_features, in_features),
-            "expert_bias": (layout.num_experts if layout.expert_bias else 0, out_features),
-        }  # fmt: skip
+        row_shapes = self._row_shapes()
+        shapes = {name: (size, *row_shapes[name]) for name, size in sizes.items()}
+        shapes["expert_bias"] = (layout.num_experts if layout.expert_bias else 0, out_features)
         device, dtype = device or self.weight.device, self.weight.dtype
         for name, shape in shapes.items():
             stored = stored_rows(shape, config.storage if name in ROW_TENSORS else "same", dtype)
@@ -126,8 +125,25 @@ class RoutedLayer(nn.Module):
         zeros = None if 0 in shape else torch.zeros(shape, device=device, dtype=dtype)
         self.register_parameter(name, None if zeros is None else nn.Parameter(zeros, dtype.is_floating_point))
 
+    def _row_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of a row of `gate`, `down`, `up` and `dense`."""
+        shape, density = self.weight_matrix(self.weight).shape, self.smile_config.density
+        dense = tuple(shape) if density is None else (num_kept(shape.numel(), density),)
+        return {"gate": shape[1:], "down": shape[1:], "up": shape[:1], "dense": dense}
+
     def rows(self, name: str, expert: int | None = None) -> Tensor | None:
-        """The rows of `gate`, `down`, `up` or `dense`, dequantized, of all experts or of one; None for no rows."""
+        """The rows of `gate`, `down`, `up` or `dense` (n, out, in), of all experts or of one; None for no rows.
+
+        They are dequantized, and dropped entries are zero.
+        """
+        rows = self.kept_rows(name, expert)
+        if rows is None or name != "dense" or self.smile_config.density is None:
+            return rows
+        out_features, in_features = self.weight_matrix(self.weight).shape
+        return restore(rows, (out_features, in_features))
+
+    def kept_rows(self, name: str, expert: int | None = None) -> Tensor | None:
+        """The same without dropped entries: those of `dense` with a density are (n, kept)."""
         stored: Tensor | None = getattr(self, name)
         sizes = self.layout.rows[name]
         if stored is None or (expert is not None and not sizes[expert]):
@@ -136,14 +152,13 @@ class RoutedLayer(nn.Module):
         rows, scales = stored if expert is None else stored[part], getattr(self, f"{name}_scale")
         if scales is None:
             return rows
-        size = self.weight_matrix(self.weight).shape[0 if name == "up" else 1]
-        return dequantized(rows, scales[part], size, self.weight.dtype)
+        return dequantized(rows, scales[part], self._row_shapes()[name][-1], self.weight.dtype)
 
     def dequantize(self) -> None:
         """Store the factors in the dtype of the weight."""
         for name in ROW_TENSORS:
             if getattr(self, f"{name}_scale") is not None:
-                rows = self.rows(name)
+                rows = self.kept_rows(name)
                 assert rows is not None
                 self._parameters[name] = nn.Parameter(rows.detach(), requires_grad=False)
                 self._parameters[f"{name}_scale"] = None
@@ -205,12 +220,10 @@ def count_parameters(model: nn.Module) -> int:
     """The number of parameters of a model; tied ones count once, and values that share a byte count each."""
     counts = {id(parameter): parameter.numel() for parameter in model.parameters()}
     for layer in routed_layers(model).values():
-        out_features, in_features = layer.weight_matrix(layer.weight).shape
-        for name in ROW_TENSORS:
+        for name, shape in layer._row_shapes().items():
             stored = layer._parameters[name]
             if stored is not None and stored.dtype == torch.uint8:
-                size = out_features if name == "up" else in_features
-                counts[id(stored)] = stored.numel() // stored.shape[-1] * size
+                counts[id(stored)] = stored.numel() // stored.shape[-1] * shape[-1]
     return sum(counts.values())
 
 

@@ -7,19 +7,20 @@ import torch
 from torch import Tensor
 
 from ..config import SmileConfig
+from .energy import SCORED_ROWS, energy_shares, routing_features
 from .execution import InputGroups
 from .prototypes import Prototypes
 from .routed import RoutedLayer
 from .routing_state import RoutingState, log_energy_share
-from .scoring import energy_shares, routing_features, routing_weights
+from .scoring import routing_weights
 
 SHARPNESS = 4.0  # of the softmax over experts; chosen on images, sentences and prompts together
 LEAST_SPREAD = 0.1  # few layers say little about their deviation; over many it is 0.3 to 0.5
 
 
-def observe_layer(state: RoutingState, layer: RoutedLayer, x: Tensor) -> None:
+def observe_layer(state: RoutingState, layer: RoutedLayer, x: Tensor, rows: int | None = SCORED_ROWS) -> None:
     """Add the logarithms of a layer's energy shares, or its features for prototypes, in the first pass."""
-    token_values = routing_features(layer, x) if state.collects_features else energy_shares(layer, x)
+    token_values = (routing_features if state.collects_features else energy_shares)(layer, x, rows)
     if token_values is not None:
         state.features.append(log_energy_share(state.mean_over_tokens(token_values)).float())
 

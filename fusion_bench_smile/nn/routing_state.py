@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .execution import InputGroups
+from .merged_weights import Choice
 
 if TYPE_CHECKING:
     from .input_router import InputRouter
@@ -38,6 +39,7 @@ class RoutingState:
     num_inputs: int | None = None  # B; None until the inputs enter, e.g. the encoder
     mask: Tensor | None = None  # (B, tokens), bool, the tokens that count; None counts all
     num_candidates: int = 0  # tokens after the prompt that an assistant proposes, in the first call of a generation
+    is_continued: bool = False  # an earlier call has made the choice
     is_given: bool = False  # the user named the experts; with B = 1 for any number of inputs
     in_first_pass: bool = False  # the pretrained model alone processes the inputs, and its layers are scored
     collects_features: bool = False  # the first pass collects the features of prototypes
@@ -48,11 +50,20 @@ class RoutingState:
     awaited: set[RoutedLayer] = field(default_factory=set)  # the layers that the first pass has yet to score
     features: list[Tensor] = field(default_factory=list)  # of each layer so far, (B, T), for prototypes (B, 2·T)
     groups: InputGroups | None = None  # the inputs by expert, for a choice that holds in all layers
+    _one_choice: Choice | None = None  # kept, since a device has to be waited for
 
     @property
     def input_features(self) -> Tensor:
         """The features of the inputs, of all layers so far: (B, 2·T·layers)."""
         return torch.cat(self.features, dim=-1)
+
+    @property
+    def one_choice(self) -> Choice | None:
+        """The choice that all inputs of the call have, because there is one; None for several."""
+        if self._one_choice is None and self.choice is not None and len(self.choice) == 1:
+            (weights,) = self.choice.tolist()
+            self._one_choice = tuple((expert, weight) for expert, weight in enumerate(weights) if weight)
+        return self._one_choice
 
     @property
     def served_by(self) -> list[str]:
@@ -63,7 +74,7 @@ class RoutingState:
 
     def copy(self) -> RoutingState:
         """The decisions so far, for a call that continues the same inputs and may add others."""
-        return replace(self, features=[])
+        return replace(self, features=[], is_continued=True)
 
     def __deepcopy__(self, memo: Any) -> RoutingState:
         return self  # a copied cache continues the same inputs; a kept state does not change

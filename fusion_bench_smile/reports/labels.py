@@ -37,6 +37,8 @@ def _extensions(method: Mapping[str, Any]) -> Iterator[str]:
         yield f"calibrated by {method['calibration']}"
     elif scope != "token":
         yield f"by {scope}"
+    if (density := method.get("density")) is not None:
+        yield f"{density:.3g} of the entries"
     if (ratio := method.get("param_ratio")) is not None:
         yield f"≤{ratio:g}×"
     if (ratio := method.get("byte_ratio")) is not None:

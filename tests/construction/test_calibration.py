@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from fusion_bench_smile import (
     upscale,
 )
 from fusion_bench_smile.construction import check_calibration
-from fusion_bench_smile.nn import count_bytes, count_parameters, router_of
+from fusion_bench_smile.nn import SCORED_ROWS, count_bytes, count_parameters, router_of
 
 NAMES = ("a", "b", "c")
 
@@ -59,6 +60,25 @@ def test_calibration_finds_the_task_and_is_saved(tmp_path: Path) -> None:
     assert torch.equal(output(loaded, inputs), output(model, inputs))
     calibrate(model, {name: [{"pixel_values": images(i, 4)}] for i, name in enumerate(NAMES)})  # replaces the first one
     assert metadata_of(model).provenance.parameters[1] == count_parameters(model)
+
+
+def test_prototypes_of_an_earlier_version_are_those_of_all_router_rows(tmp_path: Path) -> None:
+    model = calibrated(40, k=24, gate_k=24)
+    router, x = router_of(model), torch.cat([images(i, 5) for i in range(3)])
+    assert router.prototypes.rows == SCORED_ROWS < 24
+    save(model, tmp_path / "new")
+    assert torch.equal(choice_for(load(tmp_path / "new").eval(), x), choice_for(model, x))
+    router.prototypes.rows = None
+    calibrate(model, {name: [{"pixel_values": images(i, 40)}] for i, name in enumerate(NAMES)})
+    assert router.prototypes.rows is None
+    save(model, tmp_path / "old")
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["quantization_config"]["router"]["scored_rows"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "old" / "smile_digests.json").unlink()
+    loaded = load(tmp_path / "old").eval()
+    assert router_of(loaded).prototypes.rows is None
+    assert torch.equal(choice_for(loaded, x), choice_for(model, x))
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,9 @@ def test_the_share_of_an_older_checkpoint_is_unknown() -> None:
     assert old.describe_unused() == ""
 
 
-@pytest.mark.parametrize("options", [{}, {"k": -1}, {"routing_use_diff": False}, {"param_ratio": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"k": -1}, {"k": -1, "density": 0.1}, {"routing_use_diff": False}, {"param_ratio": 1.5}]
+)
 def test_the_change_of_a_layer_does_not_depend_on_its_rank(options) -> None:
     base = mlp()
     experts = experts_of(base, 2)

@@ -36,6 +36,7 @@ def test_every_item_is_assigned_once_and_the_costs_are_balanced(costs, size):
 
 
 OPTIONS: list[dict] = [{"k": 4, "gate_k": 2}, {"k": -1, "gate_k": 2, "average_experts": True}]
+OPTIONS += [{"k": -1, "gate_k": 2, "density": 0.1}]
 
 
 def work(rank: int, size: int, folder: str) -> None:

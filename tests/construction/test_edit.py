@@ -30,6 +30,8 @@ OPTIONS = {
     "router of rank k": {"k": 4, "gate_k": None},
     "int4": {"k": 4, "gate_k": 2, "storage": "int4"},
     "dense int4": {"k": -1, "gate_k": 2, "storage": "int4"},
+    "dropped": {"k": -1, "gate_k": 2, "density": 0.1},
+    "dropped int4": {"k": -1, "gate_k": 2, "density": 0.3, "storage": "int4"},
     "some layers": {"k": 4, "gate_k": 2, "exclude_modules": ["*0*"]},
 }
 

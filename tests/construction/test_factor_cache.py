@@ -83,7 +83,14 @@ def wide_mlp() -> nn.Module:
 
 
 RANKS = st.tuples(st.integers(1, 80), st.integers(1, 80))
-OPTIONS: list[dict] = [{}, {"routing_use_diff": False}, {"storage": "int8"}, {"k": -1}, {"param_ratio": 2.0}]
+OPTIONS: list[dict] = [
+    {},
+    {"routing_use_diff": False},
+    {"storage": "int8"},
+    {"k": -1},
+    {"k": -1, "density": 0.1},
+    {"param_ratio": 2.0},
+]
 
 
 @settings(max_examples=12, deadline=None)

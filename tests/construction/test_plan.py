@@ -128,7 +128,9 @@ def test_ranks_are_factored_in_classes():
     assert layer.rank == 32
 
 
-@pytest.mark.parametrize("options", [{}, {"k": -1}, {"gate_k": 8, "k": 2}, {"routing_use_diff": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"k": -1}, {"k": -1, "density": 0.1}, {"gate_k": 8, "k": 2}, {"routing_use_diff": False}]
+)
 @pytest.mark.parametrize("experts", [1, 3])
 def test_the_added_parameters_are_an_upper_bound(options, experts):
     base = mlp()

@@ -72,7 +72,9 @@ def test_arguments_that_cannot_work_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options", [{"storage": "int8"}, {"storage": "int4"}, {"storage": "int4", "k": -1}])
+@pytest.mark.parametrize(
+    "options", [{"storage": "int8"}, {"storage": "int4"}, {"storage": "int4", "k": -1}, {"k": -1, "density": 0.2}]
+)
 def test_factors_in_few_bits_and_a_choice_for_whole_inputs(options, tmp_path) -> None:
     base = clip_tower()
     base.save_pretrained(tmp_path / "base")

@@ -19,8 +19,9 @@ from fusion_bench_smile.nn import routed_layers
 
 SCOPES = ["token", "input"]
 OPTIONS = [
-    {"k": 4}, {"k": -1}, {"k": 4, "routing_use_diff": False}, {"k": -1, "routing_use_diff": False},
-    {"k": 4, "routing_use_diff": False, "storage": "int8"}, {"k": 4, "storage": "int4"},
+    {"k": 4}, {"k": -1}, {"k": -1, "density": 0.2}, {"k": 4, "routing_use_diff": False},
+    {"k": -1, "routing_use_diff": False}, {"k": 4, "routing_use_diff": False, "storage": "int8"},
+    {"k": 4, "storage": "int4"},
 ]  # fmt: skip
 
 

@@ -124,6 +124,7 @@ FULL = SmileMetadata(
         {"0.fc1": [0.5, 1.0], "1.fc2": [1.0, 0.25]}, {"red": "ab", "green": "cd"}, (100, 150), {"x": "1"}
     ),
     prototypes=(8, 3),
+    scored_rows=16,
     loading="import it",
 )  # fmt: skip
 
@@ -144,7 +145,7 @@ def test_the_keys_of_format_3():
         "execution": "masked", "storage": "int8",
     }  # fmt: skip
     assert values["options"] == json.loads(json.dumps(FULL.config.to_dict()))
-    assert values["router"] == {"prototypes": [8, 3]}
+    assert values["router"] == {"prototypes": [8, 3], "scored_rows": 16}
     assert values["needs"] == "import it"
     assert values["recipe"] == {
         "energy": FULL.provenance.energy, "sources": FULL.provenance.sources, "parameters": [100, 150],

@@ -22,6 +22,7 @@ OPTIONS = [
     {"gate_k": 2, "k": 4},
     {"gate_k": 6, "k": 4, "top_k": 2, "average_experts": True},
     {"gate_k": 2, "k": -1, "routing_use_diff": False},
+    {"gate_k": 2, "k": -1, "density": 0.1, "storage": "int4"},
 ]
 FRESH = """
 import sys, torch, transformers

@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from fusion_bench_smile import upscale
 
 EXECUTIONS = [(scope, name) for scope in ("token", "input") for name in ("auto", "grouped", "masked")]
-EXECUTIONS += [("input", "merged")]
 
 
 def conv1d() -> nn.Module:

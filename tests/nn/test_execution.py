@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 from conftest import ARCHITECTURES, experts_of, gpt2, output, t5, tied_llama
-from layers import RAGGED, UNIFORM, UNIFORM_AND_RAGGED, random_layer, reference
+from layers import UNIFORM, UNIFORM_AND_RAGGED, random_layer, reference
 from torch import nn
 
 from fusion_bench_smile import ConfigError, upscale
-from fusion_bench_smile.nn import DENSE, ExpertLayout, InputGroups, RoutedLayer, merged_parameters
-from fusion_bench_smile.nn.execution import MIN_TOKENS, grouping_pays, merged
+from fusion_bench_smile.nn import DENSE, ExpertLayout, RoutedLayer
+from fusion_bench_smile.nn.execution import MIN_TOKENS, grouping_pays
 
 SYNCHRONISING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "index.Tensor", "where.default", "tolist")
 
@@ -162,32 +162,6 @@ def test_auto_groups_many_tokens_on_the_cpu():
     assert not grouping_pays(large_layer(execution="masked"), tokens)
     assert grouping_pays(large_layer(execution="grouped"), tokens[:1])
     assert not grouping_pays(large_layer(execution="grouped", top_k=4), tokens)
-
-
-@pytest.mark.parametrize("layout", [UNIFORM, RAGGED, ExpertLayout(ranks=(DENSE, 0, DENSE), gate_ranks=(2, 0, 2))])
-def test_merged_parameters_are_those_of_the_expert(layout):
-    layer = random_layer(layout, 6, 5)
-    for expert in range(3):
-        weight, bias = merged_parameters(layer, expert)
-        delta = torch.zeros_like(layer.weight)
-        if layout.ranks[expert] == DENSE:
-            delta = layer.dense[layout.dense_experts.index(expert)]
-        elif layout.ranks[expert]:
-            delta = layer.rows("up", expert).mT @ layer.directions(expert)
-        torch.testing.assert_close(weight, layer.weight + delta, rtol=1e-12, atol=1e-12)
-        added = 0 if layer.expert_bias is None else layer.expert_bias[expert]
-        torch.testing.assert_close(bias, layer.bias + added, rtol=1e-12, atol=1e-12)
-    assert merged_parameters(layer, None)[0] is layer.weight
-
-
-def test_merged_computes_each_input_with_its_expert():
-    layer = random_layer(UNIFORM, 6, 5, top_k=1)
-    x = torch.randn(5, 3, 6, dtype=torch.float64)
-    groups = InputGroups(5, [(0, torch.tensor([1, 4])), (2, torch.tensor([0]))])
-    outputs = merged(layer, x, groups)
-    for row, expert in enumerate([2, 0, None, None, 0]):
-        expected = nn.functional.linear(x[row], *merged_parameters(layer, expert))
-        torch.testing.assert_close(outputs[row], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_layer_without_a_router_weights_its_experts_equally():

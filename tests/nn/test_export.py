@@ -91,15 +91,6 @@ def test_a_trace_is_right_for_other_inputs(make: Make, scope: str, options: dict
     assert_same_outputs(trace, model, batches)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_a_trace_of_merged_execution_is_right_for_other_inputs() -> None:
-    model, batches = upscaled(vit, "input", execution="merged")
-    with torch.no_grad():
-        model(batches[0])
-        trace = torch.jit.trace(model, (batches[0],), check_trace=False)
-    assert_same_outputs(trace, model, batches)
-
-
 def test_a_model_is_called_once_before_it_is_exported() -> None:
     """Otherwise it isn't known which layers keep the inputs apart."""
     model, batches = upscaled(vit, "input")

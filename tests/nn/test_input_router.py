@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, T5ForConditionalGeneration
 
 from fusion_bench_smile import (
-    as_expert,
     choose_experts,
     load,
     record_choices,
@@ -100,9 +99,7 @@ def padded_text() -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("execution", "top_k"), [("merged", 1), *itertools.product(("auto", "grouped", "masked"), (1, 2, 3))]
-)
+@pytest.mark.parametrize(("execution", "top_k"), itertools.product(("auto", "grouped", "masked"), (1, 2, 3)))
 @pytest.mark.parametrize(
     ("make", "make_inputs"),
     [(clip_tower, clip_inputs), (lambda: tied_llama().model, padded_text)],
@@ -124,22 +121,22 @@ def test_an_input_is_served_by_the_weighted_sum_of_its_experts(make, make_inputs
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "mlp"])
-@pytest.mark.parametrize("options", [{}, {"k": -1}, {"storage": "int8"}, {"storage": "int4"}])
-def test_merged_weights_compute_the_same(name: str, options: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"k": -1}, {"k": -1, "density": 0.2}, {"storage": "int8"}, {"storage": "int4"}]
+)
+def test_experts_that_are_given_are_computed_by_merged_weights(name: str, options: dict[str, object]) -> None:
     make, make_inputs = ARCHITECTURES[name]
     base, inputs = make().double(), make_inputs()
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
     options = {"k": 6, "gate_k": 3, "routing_scope": "input", "convolutions": True, **options}
     experts = [expert.double() for expert in experts_of(base, scale=0.3)]
-    grouped, merged = (upscale(base, experts, execution=e, **options) for e in ("grouped", "merged"))
-    expected = output(grouped, inputs)
-    with record_routing(merged) as routing:
-        torch.testing.assert_close(output(merged, inputs), expected, atol=1e-9, rtol=1e-9)
-    assert all(len(layer.experts) for layer in routing.values())
-    assert torch.equal(choice_of(merged, inputs), choice_of(grouped, inputs))
-    for expert in ("0", "2"):
-        with as_expert(merged, expert), as_expert(grouped, expert):
+    grouped, merged = (upscale(base, experts, execution=e, **options) for e in ("grouped", "auto"))
+    torch.testing.assert_close(output(merged, inputs), output(grouped, inputs), atol=1e-9, rtol=1e-9)
+    for weights in (torch.eye(3)[2], torch.tensor([0.5, 0.0, 0.75]), torch.zeros(3)):
+        with use_experts(merged, weights), use_experts(grouped, weights), record_routing(merged) as routing:
             torch.testing.assert_close(output(merged, inputs), output(grouped, inputs), atol=1e-9, rtol=1e-9)
+        assert all(len(layer.experts) for layer in routing.values())
+    assert router_of(merged).merged_weights.num_bytes > 0 == router_of(grouped).merged_weights.num_bytes
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -159,8 +156,8 @@ def test_an_expert_may_have_changed_biases_alone(tower: nn.Module, top_k: int) -
         torch.testing.assert_close(result[row], expected[expert][row], rtol=1e-4, atol=1e-4)
 
 
-def test_merged_weights_leave_inputs_without_an_expert_alone(tower: nn.Module) -> None:
-    model = upscale(tower, experts_of(tower), k=4, gate_k=2, routing_scope="input", execution="merged")
+def test_inputs_without_an_expert_are_the_pretrained_models(tower: nn.Module) -> None:
+    model = upscale(tower, experts_of(tower), k=4, gate_k=2, routing_scope="input")
     layer = next(layer for layer in model.modules() if isinstance(layer, RoutedLayer))
     x = torch.randn(5, 3, layer.weight.shape[1])
     choice = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0]], dtype=torch.float)

@@ -15,6 +15,7 @@ SMILE = {"_target_": "fusion_bench_smile.SmileUpscalingAlgorithm", "gate_k": 4, 
         ({"_target_": "fusion_bench.method.DummyAlgorithm"}, "pretrained"),
         ({"_target_": "fusion_bench.method.TaskArithmeticAlgorithm", "scaling_factor": 0.3}, "Task Arithmetic (λ=0.3)"),
         (SMILE | {"k": -1}, "SMILE (gate_k=4, k=-1)"),
+        (SMILE | {"k": -1, "density": 0.02}, "SMILE (gate_k=4, k=-1, 0.02 of the entries)"),
         (SMILE | {"routing_scope": "input"}, "SMILE (gate_k=4, k=8, by input)"),
         (
             SMILE | {"calibration": 16, "routing_scope": "input", "param_ratio": 1.25, "storage": "int8"},
