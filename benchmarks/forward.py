@@ -142,15 +142,21 @@ def decoding_row(device: torch.device, dtype: torch.dtype, steps: int = 32) -> N
         vocab_size=1000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=16
     )
     base = LlamaForCausalLM(config).eval()
-    models = {"plain": base.to(device, dtype), "ours": upscaled(base).to(device, dtype)}
+    models = {
+        "plain": base.to(device, dtype), "by token": upscaled(base).to(device, dtype),
+        "by input": upscaled(base, routing_scope="input", top_k=2).to(device, dtype),
+    }  # fmt: skip
     prompt = torch.arange(8, device=device)[None]
     settings = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
     runs = {name: partial(model.generate, prompt, **settings) for name, model in models.items()}  # type: ignore[operator]
     seconds = interleaved(runs, device, budget=10)
     each = {name: value / steps * 1e3 for name, value in seconds.items()}
+    routed = ", ".join(
+        f"{name} {each[name]:.2f} ms, {each[name] / each['plain']:.2f}×" for name in each if name != "plain"
+    )
     print(
-        f"\nDecoding with a cache, a Llama of width 1024 and 2 layers: plain {each['plain']:.2f} ms a token, ours "
-        f"{each['ours']:.2f} ms, {each['ours'] / each['plain']:.2f}× the plain model",
+        f"\nDecoding {steps} tokens with a cache, a Llama of width 1024 and 2 layers, relative to the plain model's "
+        f"{each['plain']:.2f} ms a token: {routed}",
         flush=True,
     )
 

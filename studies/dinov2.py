@@ -146,13 +146,6 @@ def emr(pretrained: nn.Module, experts: Mapping[str, nn.Module]) -> Method:
     return Method(lambda task, pixels: (features(models[task], pixels), None), np.nan, 2 + bits / 4, 2 + bits / 2)
 
 
-def dropped(pretrained: nn.Module, experts: Mapping[str, nn.Module], kept: float) -> Method:
-    """Deltas of which a random share is kept and rescaled, in 4 bits; a seed stores the positions."""
-    models = {task: rivals.dropped(pretrained, expert, kept) for task, expert in experts.items()}
-    added = len(experts) * kept * rivals.BITS_PER_VALUE / 8  # bytes for each parameter
-    return Method(lambda task, pixels: (features(models[task], pixels), None), np.nan, 1 + added / 4, 1 + added / 2)
-
-
 def mass(pretrained: nn.Module, experts: Mapping[str, nn.Module]) -> Method:
     """MASS, with the layer that names most validation images right."""
     model, names = rivals.Mass(pretrained, experts), list(experts)
@@ -175,6 +168,7 @@ def ranked(gate_k: int | None, k: int, **options: Any) -> partial[Method]:
 
 
 EIGHT = ("eight",)
+DROPPED = {"k": -1, "density": 0.02, "storage": "int4"}
 ENTRIES: dict[str, Entry] = {
     "pretrained": Entry("merging", lambda pretrained, experts: Method(served_by(pretrained), 1.0, 1.0, 1.0)),
     **{name: Entry("merging", partial(merged, method=name)) for name in rivals.MERGING},
@@ -182,7 +176,7 @@ ENTRIES: dict[str, Entry] = {
     "EMR-Merging": Entry("task known", emr),
     "TSV-C": Entry("task known", lambda p, e: oracle(p, e, k=384 // len(e))),
     **{f"own expert, k={k}, int4": Entry("task known", partial(oracle, k=k, storage="int4"), EIGHT) for k in (16, 32)},
-    "own expert, 98 % dropped, int4": Entry("task known", partial(dropped, kept=0.02), EIGHT),
+    "own expert, 2 % of the entries, int4": Entry("task known", partial(oracle, **DROPPED), EIGHT),
     "token (the paper), 8/8": Entry("token", ranked(8, 8), EIGHT),
     "token (the paper), 16/32": Entry("token", ranked(16, 32)),
     "token (the paper), 32/32": Entry("token", ranked(32, 32), EIGHT),
@@ -192,9 +186,13 @@ ENTRIES: dict[str, Entry] = {
     "input, 16/16, int4": Entry("input", ranked(None, 16, by_input=True, storage="int4")),
     "input, 32/32, int4": Entry("input", ranked(None, 32, by_input=True, storage="int4")),
     "input, 64/64, int4": Entry("input", ranked(None, 64, by_input=True, storage="int4"), EIGHT),
+    "input, 8 rows, 2 % of the entries, int4": Entry("input", partial(smile, gate_k=8, by_input=True, **DROPPED)),
     "calibrated, 8/8": Entry("calibrated", ranked(None, 8, calibrated=True), EIGHT),
     "calibrated, 14/14, int4": Entry("calibrated", ranked(None, 14, calibrated=True, storage="int4"), EIGHT),
     "calibrated, 28/28, int4": Entry("calibrated", ranked(None, 28, calibrated=True, storage="int4")),
+    "calibrated, 8 rows, 2 % of the entries, int4": Entry(
+        "calibrated", partial(smile, gate_k=8, calibrated=True, **DROPPED)
+    ),
 }  # fmt: skip
 
 

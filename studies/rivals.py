@@ -21,8 +21,6 @@ from fusion_bench.method.dare import DareTaskArithmetic
 from fusion_bench.method.emr_merging import EMRMerging
 from torch import Tensor, nn
 
-from fusion_bench_smile.nn import dequantized, quantize_groups
-
 Experts = Mapping[str, nn.Module]
 Encode = Callable[[nn.Module, Tensor], object]  # calls a model with inputs
 
@@ -33,9 +31,7 @@ MERGING: dict[str, Callable[[], Any]] = {
     "Iso-C": lambda: ISO_C_Merge(scaling_factor=1.0),
     "DARE": lambda: DareTaskArithmetic(0.3, 0.5, only_on_linear_weights=False),
 }
-GROUP = 64  # values of a dropped delta that share a scale
 MOST_MODELS = 32  # that MASS keeps
-BITS_PER_VALUE = 4 + 16 / GROUP
 
 
 def merged(pretrained: nn.Module, experts: Experts, method: str) -> nn.Module:
@@ -59,28 +55,6 @@ def emr(pretrained: nn.Module, experts: Experts) -> dict[str, nn.Module]:
         model.set_task(name)
         models[name] = deepcopy(model.backbone).eval()
     return models
-
-
-@torch.no_grad()
-def dropped(pretrained: nn.Module, expert: nn.Module, kept: float) -> nn.Module:
-    """An expert with a random share of its deltas in linear layers, rescaled (arXiv 2311.03099), in 4 bits.
-
-    The positions follow from a seed. Groups of 64 kept values share a scale.
-    """
-    model, generator = deepcopy(pretrained), torch.Generator().manual_seed(0)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            tuned = cast(nn.Linear, expert.get_submodule(name))
-            delta = (tuned.weight - module.weight).flatten()
-            mask = torch.rand(delta.shape, generator=generator) < kept
-            values = delta[mask] / kept
-            packed, scales = quantize_groups(values[None])
-            delta = torch.zeros_like(delta)
-            delta[mask] = dequantized(packed, scales, values.numel(), values.dtype)[0]
-            module.weight += delta.view_as(module.weight)
-            if module.bias is not None:
-                module.bias.copy_(tuned.bias)
-    return model.eval()
 
 
 @dataclass
