@@ -168,7 +168,7 @@ def ranked(gate_k: int | None, k: int, **options: Any) -> partial[Method]:
 
 
 EIGHT = ("eight",)
-DROPPED = {"k": -1, "density": 0.02, "storage": "int4"}
+DROPPED: dict[str, Any] = {"k": -1, "density": 0.02, "storage": "int4"}
 ENTRIES: dict[str, Entry] = {
     "pretrained": Entry("merging", lambda pretrained, experts: Method(served_by(pretrained), 1.0, 1.0, 1.0)),
     **{name: Entry("merging", partial(merged, method=name)) for name in rivals.MERGING},
