@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     )
     from .exceptions import CheckpointError, ConfigError, PlanError, SmileError
     from .framework.method import SmileUpscalingAlgorithm
-    from .io import export_adapters, load, metadata_of, save, verify_checkpoint
+    from .io import export_adapters, export_expert, load, metadata_of, save, verify_checkpoint
     from .nn import RoutedLayer, SmileLinear, as_expert, choose_experts, record_choices, record_routing, use_experts
 
 __all__ = [
     "CheckpointError", "ConfigError", "FactorCache", "PlanError", "RoutedLayer", "SmileConfig", "SmileError",
     "SmileLinear", "SmileUpscalingAlgorithm", "__version__", "add_expert", "as_expert", "calibrate", "choose_experts",
-    "dequantize", "export_adapters", "load", "metadata_of", "plan_upscaling", "record_choices", "record_routing",
-    "remove_expert", "save", "upscale", "upscale_to_folder", "use_experts", "verify_checkpoint",
+    "dequantize", "export_adapters", "export_expert", "load", "metadata_of", "plan_upscaling", "record_choices",
+    "record_routing", "remove_expert", "save", "upscale", "upscale_to_folder", "use_experts", "verify_checkpoint",
 ]  # fmt: skip
 __getattr__ = lazy_names(__name__, {
     "config": ("SmileConfig",),
@@ -47,7 +47,7 @@ __getattr__ = lazy_names(__name__, {
     ),
     "exceptions": ("CheckpointError", "ConfigError", "PlanError", "SmileError"),
     "framework.method": ("SmileUpscalingAlgorithm",),
-    "io": ("export_adapters", "load", "metadata_of", "save", "verify_checkpoint"),
+    "io": ("export_adapters", "export_expert", "load", "metadata_of", "save", "verify_checkpoint"),
     "nn": (
         "RoutedLayer", "SmileLinear", "as_expert", "choose_experts", "record_choices", "record_routing", "use_experts",
     ),

@@ -9,6 +9,7 @@ from .factorize import load_expert, open_experts
 from .layer_selection import split_targeted_attention
 from .parallel import WorkPartition, destroy_process_group_at_exit
 from .plan import LayerPlan, Plan, estimate_seconds, make_plan
+from .plan_table import plan_table
 from .streaming import upscale_to_folder
 from .svd import Factors, low_rank_svd, truncated_svd
 from .upscale import plan_upscaling, upscale
@@ -16,6 +17,6 @@ from .upscale import plan_upscaling, upscale
 __all__ = [
     "FactorCache", "Factors", "LayerPlan", "Plan", "WorkPartition", "add_expert", "calibrate", "check_calibration",
     "dequantize", "destroy_process_group_at_exit", "estimate_seconds", "load_expert", "low_rank_svd", "make_plan",
-    "open_experts", "plan_upscaling", "remove_expert", "set_routing", "split_targeted_attention", "tensor_digest",
-    "truncated_svd", "upscale", "upscale_to_folder",
+    "open_experts", "plan_table", "plan_upscaling", "remove_expert", "set_routing", "split_targeted_attention",
+    "tensor_digest", "truncated_svd", "upscale", "upscale_to_folder",
 ]  # fmt: skip

@@ -28,6 +28,7 @@ from ..io.transformers_hook import SmileQuantizationConfig, is_tied, mark_checkp
 from ..io.weight_files import open_weights
 from ..nn import ExpertLayout, store_tensors
 from ..nn.attention import split_names
+from .bounds import expert_bounds
 from .changes import (
     TensorChanges,
     check_averages,
@@ -38,10 +39,10 @@ from .changes import (
     warn_of_unused_changes,
 )
 from .factor_cache import FactorCache
-from .factorize import Factorizer, add_to_sum, average, open_experts
+from .factorize import Factorizer, ProgressCallback, add_to_sum, average, open_experts
 from .layer_factors import LayerFactors
 from .layer_selection import split_targeted_attention
-from .plan import LayerPlan, check_expert, make_plan
+from .plan import LayerPlan, Plan, check_expert, make_plan
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ log = logging.getLogger(__name__)
 def upscale_to_folder(
     pretrained: str | os.PathLike[str], experts: Mapping[str, ExpertSource], folder: str | os.PathLike[str],
     config: SmileConfig | None = None, *,
-    factor_cache: FactorCache | None = None, max_shard_bytes: int = 2 * 10**9, **options: Any,
+    factor_cache: FactorCache | None = None, max_shard_bytes: int = 2 * 10**9,
+    on_progress: ProgressCallback | None = None, **options: Any,
 ) -> None:  # fmt: skip
     """Write an upscaled checkpoint layer by layer, holding no more than one shard in memory.
 
@@ -63,6 +65,7 @@ def upscale_to_folder(
         config: The options; alternatively they are given as keywords.
         factor_cache: A cache of factors. None factors everything.
         max_shard_bytes: A file is closed before it grows beyond this, unless one tensor alone does.
+        on_progress: Called after each layer with the number of layers done and in all.
         options: The fields of `SmileConfig`.
 
     Raises:
@@ -74,7 +77,7 @@ def upscale_to_folder(
     for name in ("param_ratio", "byte_ratio"):
         if getattr(config, name) is not None:
             raise ConfigError(f"{name}={getattr(config, name)} needs the whole model in memory: use upscale and save")
-    stream = _Stream(pretrained, experts, config, factor_cache)
+    stream = _Stream(pretrained, experts, config, factor_cache, on_progress)
     with replace_folder_atomically(folder, carry=is_companion) as scratch:
         writer = ShardWriter(scratch, max_shard_bytes)
         for name, tensor in stream.tensors():
@@ -91,13 +94,22 @@ def upscale_to_folder(
     log.info("wrote %d upscaled layers to %s, %d files", len(metadata.layouts), folder, writer.num_files)
 
 
+def plan_folder(pretrained: Path, experts: Mapping[str, ExpertSource], config: SmileConfig) -> Plan:
+    """The plan of `upscale_to_folder`, from the headers of all files. Raises ConfigError and PlanError as it does."""
+    stream = _Stream(pretrained, experts, config)
+    layers = [layer.name for layer in stream.plan.layers]
+    return replace(stream.plan, experts=tuple(expert_bounds(source, layers) for source in stream.experts.values()))
+
+
 class _Stream:
     """The tensors of an upscaled checkpoint, one after the other, and its metadata at the end."""
 
     def __init__(
-        self, folder: Path, experts: Mapping[str, ExpertSource], config: SmileConfig, factor_cache: FactorCache | None
-    ) -> None:
+        self, folder: Path, experts: Mapping[str, ExpertSource], config: SmileConfig,
+        factor_cache: FactorCache | None = None, on_progress: ProgressCallback | None = None,
+    ) -> None:  # fmt: skip
         """Plan the upscaling with a model without weights, and open all files."""
+        self.on_progress = on_progress
         model_config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             self.model = architecture(folder, model_config.architectures)._from_config(model_config)
@@ -131,12 +143,14 @@ class _Stream:
             self._read_outside_layers(name, expert)
         for name in dict.fromkeys(stored_name(name) for name in self.plan.other_tensors):
             yield name, self._other_tensor(name)
-        for layer in self.plan.layers:
+        for done, layer in enumerate(self.plan.layers, 1):
             names = [f"{layer.name}.{part}" for part in (("weight", "bias") if layer.has_bias else ("weight",))]
             state = {name: read_finite(self.pretrained, name, "the pretrained model") for name in names}
             for name, tensor in state.items():
                 yield stored_name(name) if name.endswith(".weight") else name, tensor
             yield from self._expert_tensors(layer, StateDictSource(state))
+            if self.on_progress:
+                self.on_progress(done, len(self.plan.layers))
 
     def _read_outside_layers(self, name: str, expert: Source) -> None:
         label, changes = f"expert {name!r}", TensorChanges()

@@ -14,7 +14,6 @@ from fusion_bench.mixins.simple_profiler import SimpleProfilerMixin
 from fusion_bench.modelpool.base_pool import BaseModelPool
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -145,16 +144,7 @@ class SmileUpscalingAlgorithm(LightningFabricMixin, SimpleProfilerMixin, BaseAlg
 
     def _print_plan(self, pretrained: nn.Module, experts: Mapping[str, ExpertSource]) -> None:
         plan = construction.plan_upscaling(pretrained, experts, self.options)
-        table = Table(title="plan of smile_upscaling (dry_run=true)", show_header=False)
-        for name, value in {**plan.summary(), **plan.budget_summary(self.options)}.items():
-            table.add_row(name, value)
-        device = self.options.compute_device
-        seconds = construction.estimate_seconds(
-            plan, lambda delta, rank: construction.truncated_svd(delta.to(device), rank),
-            lambda b, a: construction.low_rank_svd(b.to(device), a.to(device)), plan.num_workers(device),
-        )  # fmt: skip
-        table.add_row("time to factor, from files or memory", f"{seconds:.1f} s")
-        Console().print(table)
+        Console().print(construction.plan_table(plan, self.options, "plan of smile_upscaling (dry_run=true)"))
 
 
 def check_task_pool(taskpool: Any, model: nn.Module) -> None:

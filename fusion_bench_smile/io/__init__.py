@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         write_atomically,
     )
     from .checkpoint import is_checkpoint, load, save
+    from .expert_export import export_expert
     from .file_source import FileSource
     from .hub import existing_path, hub_folder, local_path
     from .metadata import ExpertChange, Provenance, SmileMetadata
@@ -38,10 +39,10 @@ if TYPE_CHECKING:
 __all__ = [
     "ADAPTER_CONFIG", "MODEL_FILES", "AdapterSource", "ExpertChange", "ExpertSource", "FileSource", "Provenance",
     "ResizedSource", "SafetensorsSource", "SmileMetadata", "Source", "StateDictSource", "check_writable_folder",
-    "existing_path", "export_adapters", "hub_folder", "is_checkpoint", "lazy_source", "load", "local_path",
-    "markdown_table", "metadata_of", "open_source", "open_weights", "remove_leftovers", "replace_file_atomically",
-    "replace_folder_atomically", "save", "stored_names", "tensor_digest", "tied_names", "verify_checkpoint",
-    "write_atomically",
+    "existing_path", "export_adapters", "export_expert", "hub_folder", "is_checkpoint", "lazy_source", "load",
+    "local_path", "markdown_table", "metadata_of", "open_source", "open_weights", "remove_leftovers",
+    "replace_file_atomically", "replace_folder_atomically", "save", "stored_names", "tensor_digest", "tied_names",
+    "verify_checkpoint", "write_atomically",
 ]  # fmt: skip
 __getattr__ = lazy_names(__name__, {
     "adapter_source": ("AdapterSource",),
@@ -50,6 +51,7 @@ __getattr__ = lazy_names(__name__, {
         "write_atomically",
     ),
     "checkpoint": ("is_checkpoint", "load", "save"),
+    "expert_export": ("export_expert",),
     "file_source": ("FileSource",),
     "hub": ("existing_path", "hub_folder", "local_path"),
     "metadata": ("ExpertChange", "Provenance", "SmileMetadata"),

@@ -68,7 +68,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> None:
             write_digests(folder, section)
         base_model = getattr(getattr(model, "config", None), "_name_or_path", "")
         write_model_card(metadata, Path(path), folder, base_model)
-        if source := _local_folder(base_model):
+        if source := local_folder(base_model):
             copy_companions(source, folder)
 
 
@@ -195,7 +195,7 @@ def copy_companions(source: Path, target: Path) -> None:
             (target / file.name).write_bytes(file.read_bytes())
 
 
-def _local_folder(base_model: str) -> Path | None:
+def local_folder(base_model: str) -> Path | None:
     """The folder of a pretrained model, or its snapshot in the hub's cache; None if there is neither."""
     if base_model and Path(base_model).is_dir():
         return Path(base_model)
