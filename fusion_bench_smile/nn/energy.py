@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .scoring import expert_norms, project_rows
+from .scoring import expert_norms, project_rows, without_autocast
 from .versions import Version, version_of
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _scoring_rows(layer: RoutedLayer, dtype: torch.dtype, sizes: tuple[int, ...]
     version, known = version_of(tensors, layer.weight.dtype, dtype, sizes, weighted), _kept.get(layer)
     if version is not None and known is not None and known[0] == version:
         return known[1]
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(layer.weight.device.type, enabled=False):
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(layer.weight.device.type):
         rows = _compute_rows(layer, dtype, sizes, weighted)
     if version is not None:
         _kept[layer] = version, rows

@@ -6,6 +6,7 @@ T is the number of experts. A layer has no router where it has one expert, or wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,10 +46,15 @@ def project_on_router(layer: RoutedLayer, x: Tensor) -> Tensor | None:
 
 def project_rows(layer: RoutedLayer, x: Tensor, rows: Tensor) -> Tensor:
     """The products of x (…, in) with rows (r, in) in their dtype, also under autocast: (…, r)."""
-    if not torch.is_autocast_enabled(x.device.type):
+    with without_autocast(x.device.type):
         return layer.project(x, rows)
-    with torch.autocast(x.device.type, enabled=False):
-        return layer.project(x, rows)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A context without autocast; it costs nothing where there is none."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def is_traced() -> bool:

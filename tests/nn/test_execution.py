@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, experts_of, gpt2, output, t5, tied_llama
+from conftest import ARCHITECTURES, clip_tower, experts_of, gpt2, output, t5, tied_llama
 from layers import UNIFORM, UNIFORM_AND_RAGGED, random_layer, reference
 from torch import nn
 
@@ -171,3 +171,24 @@ def test_a_layer_without_a_router_weights_its_experts_equally():
     expected = nn.functional.linear(x, layer.weight, layer.bias) + layer.expert_bias.mean(0)
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(layer(x), reference(layer, x), rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"top_k": 2}, {"k": -1}, {"k": -1, "density": 0.1}, {"storage": "int4"},
+        {"routing_scope": "input", "top_k": 2, "execution": "masked"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_no_operation_waits_for_the_values_of_a_device(options):
+    """Operations that do have no result on the meta device, which stands for an accelerator."""
+    base = clip_tower()
+    model = upscale(base, experts_of(base), **{"k": 4, "gate_k": 2, **options})
+    pixels = torch.randn(2, 3, 28, 28)
+    shape = model(pixel_values=pixels).last_hidden_state.shape
+    assert model.to("meta")(pixel_values=pixels.to("meta")).last_hidden_state.shape == shape
+    with pytest.raises(NotImplementedError):
+        grouped = upscale(base, experts_of(base), k=4, gate_k=2, execution="grouped").to("meta")
+        grouped(pixel_values=pixels.to("meta"))
