@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch is pinned and installed first: a requirement of another package may select its CUDA build of several gigabytes
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m smile_zoo.comparison --folder demo
@@ -18,6 +18,14 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs
+	$(BIN)/python -m studies.options docs/options.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt zoo/pyproject.toml zoo/models.txt tests/lm_eval.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
@@ -26,4 +34,4 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt zoo/pyproject.toml 
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo outputs build dist zoo/build zoo/dist *.egg-info zoo/*.egg-info
+	rm -rf $(VENV) demo outputs site build dist zoo/build zoo/dist *.egg-info zoo/*.egg-info

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..config import SmileConfig
+from ..config import SmileConfig, Storage
 from ..exceptions import ConfigError, PlanError
 from ..nn import DENSE, RoutedLayer, count_bytes, count_parameters, routed_type_of, row_size
 from ..nn.sparsity import num_kept
@@ -40,6 +40,7 @@ class LayerPlan:
     routed_type: type[RoutedLayer]  # the type of the routed layer
     shared_router: bool = True  # the router's rows are the leading directions of the experts
     density: float | None = None  # the share of a dense delta's entries that is kept
+    storage: Storage = "same"  # of the factors
 
     @property
     def rank(self) -> int:
@@ -85,25 +86,30 @@ class LayerPlan:
         gate_k = self.gate_k if num_experts > 1 else 0
         return self.spectra([[1.0] * gate_k] * num_experts, [gate_k] * num_experts, 0, config)
 
-    def max_added_parameters(self, ranks: Sequence[int | None]) -> int:
-        """Parameters that experts add, without biases, with deltas of these ranks; None for full rank."""
+    def max_added(self, ranks: Sequence[int | None], in_bytes: bool = False) -> int:
+        """Parameters or bytes that experts add, without biases, with deltas of these ranks; None for full rank."""
         with_router = len(ranks) > 1
-        return 0 if all(rank == 0 for rank in ranks) else sum(self._parameters(rank, with_router) for rank in ranks)
+        return 0 if all(rank == 0 for rank in ranks) else sum(self._added(r, with_router, in_bytes) for r in ranks)
 
-    def _parameters(self, rank: int | None, with_router: bool) -> int:
-        """Parameters of one expert. A delta that is read as a matrix may have more directions than the adapter."""
+    def _added(self, rank: int | None, with_router: bool, in_bytes: bool) -> int:
+        """What one expert adds. A delta that is read as a matrix may have more directions than the adapter."""
+
+        def cost(size: int) -> int:
+            return row_size(size, self.storage, self.dtype, in_bytes=True) if in_bytes else size
+
         if rank and not self.reads_factors:
             rank = None
         limit = min(self.in_features, self.out_features) if rank is None else rank
         gate_k = self.gate_k if with_router else 0
         gate_rank = min(gate_k, limit) if self.shared_router else gate_k
         if self.k == DENSE:
-            size = self.out_features * self.in_features
-            kept = size if self.density is None else num_kept(size, self.density)
-            return kept * int(limit > 0) + gate_rank * self.in_features
+            dense = self.out_features * cost(self.in_features)
+            if self.density is not None:
+                dense = cost(num_kept(self.out_features * self.in_features, self.density))
+            return dense * int(limit > 0) + gate_rank * cost(self.in_features)
         k = min(self.k, limit)
         down = max(k, gate_rank) if self.shared_router else k + gate_rank
-        return down * self.in_features + k * self.out_features
+        return down * cost(self.in_features) + k * cost(self.out_features)
 
     @property
     def reads_factors(self) -> bool:
@@ -140,8 +146,16 @@ class Plan:
 
     @property
     def max_added_parameters(self) -> int:
-        """Parameters that the experts add, biases included."""
-        return sum(layer.max_added_parameters(self.max_ranks(layer)) + self._biases(layer) for layer in self.layers)
+        """Parameters that the experts add, biases included, scales of quantized factors not."""
+        return sum(layer.max_added(self.max_ranks(layer)) + self._biases(layer) for layer in self.layers)
+
+    @property
+    def max_added_bytes(self) -> int:
+        """Bytes that the experts add, biases and scales included."""
+        return sum(
+            layer.max_added(self.max_ranks(layer), in_bytes=True) + self._biases(layer) * layer.dtype.itemsize
+            for layer in self.layers
+        )
 
     def _biases(self, layer: LayerPlan) -> int:
         changed = not self.experts or any(layer.name not in bounds.kept_biases for bounds in self.experts)
@@ -157,7 +171,7 @@ class Plan:
         whole = sum(math.prod(shape) for shape in self.tensors.values()) * self.layers[0].dtype.itemsize
         sizes = [bounds.nbytes for bounds in self.experts] or [None] * self.num_experts
         read = sum(whole if size is None else size for size in sizes)
-        result = (self.parameters + added) * self.layers[0].dtype.itemsize
+        result = self.bytes + self.max_added_bytes
         working = self.num_workers(torch.device("cpu")) * max(layer.working_bytes for layer in self.layers)
         return {
             "linear layers to upscale": str(len(self.layers)),
@@ -370,7 +384,7 @@ def _plan_layer(name: str, layer: nn.Module, config: SmileConfig) -> LayerPlan:
     has_bias = layer.bias is not None
     return LayerPlan(
         name, in_features, out_features, k, gate_k, has_bias, weight.dtype, routed_type,
-        config.routing_use_diff, config.density,
+        config.routing_use_diff, config.density, config.storage,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..exceptions import CheckpointError, SmileError
 from .atomic import replace_folder_atomically
-from .digests import write_digests
+from .digests import DIGESTS_FILE, write_digests
 from .model_card import HUB_NAME, write_model_card
 from .safetensors_source import WEIGHTS_FILE, check_tensors, stored_tensors
 from .sources import Shapes, tied_names
@@ -41,6 +41,7 @@ from .verification import verify_checkpoint
 
 MAX_SECONDS = 60  # of attempts to load a folder that other processes replace
 COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
+OWN_FILES = {CONFIG_FILE, METADATA_FILE, DIGESTS_FILE}  # of one checkpoint, of no use beside another one
 WEIGHTS_PATTERN = re.compile(r"\.(safetensors|bin)(\.index\.json)?$")
 
 
@@ -190,8 +191,8 @@ def is_companion(name: str) -> bool:
 def copy_companions(source: Path, target: Path) -> None:
     """Copy the small files beside a pretrained model's weights and config, such as tokenizers, that `target` lacks."""
     for file in source.iterdir():
-        small = file.is_file() and file.suffix in COMPANION_SUFFIXES
-        if small and ".index." not in file.name and file.name != CONFIG_FILE and not (target / file.name).exists():
+        small = file.is_file() and file.suffix in COMPANION_SUFFIXES and ".index." not in file.name
+        if small and file.name not in OWN_FILES and not (target / file.name).exists():
             (target / file.name).write_bytes(file.read_bytes())
 
 

@@ -15,7 +15,7 @@ from ..nn.attention import split_names
 from ..nn.merged_weights import merge
 from ..nn.routed import EXPERT_TENSORS, routed_layers
 from .atomic import replace_folder_atomically
-from .checkpoint import copy_companions, is_companion, local_folder
+from .checkpoint import OWN_FILES, copy_companions, is_companion, local_folder
 from .safetensors_source import WEIGHTS_FILE
 from .transformers_hook import metadata_of
 
@@ -39,7 +39,7 @@ def export_expert(model: nn.Module, name: str, folder: str | os.PathLike[str]) -
     if split := split_names(model):
         raise PlanError(f"{split[0]} was split into layers, which its class does not have; upscale without attention")
     tensors = _plain_tensors(model, metadata.experts.index(name))
-    with replace_folder_atomically(Path(folder), carry=is_companion) as scratch:
+    with replace_folder_atomically(Path(folder), carry=lambda n: is_companion(n) and n not in OWN_FILES) as scratch:
         if not isinstance(model, PreTrainedModel):
             save_file({key: tensor.clone() for key, tensor in tensors.items()}, scratch / WEIGHTS_FILE)
             return

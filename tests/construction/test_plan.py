@@ -132,6 +132,20 @@ def test_ranks_are_factored_in_classes():
     "options", [{}, {"k": -1}, {"k": -1, "density": 0.1}, {"gate_k": 8, "k": 2}, {"routing_use_diff": False}]
 )
 @pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize("storage", ["same", "int8", "int4"])
+def test_the_added_bytes_are_those_of_full_rank(options, experts, storage):
+    base = mlp()
+    options = {"gate_k": 2, "k": 4, "storage": storage, **options}
+    plan = make_plan(base, experts, SmileConfig(**options))
+    model = upscale(base, experts_of(base, experts), **options)
+    assert count_bytes(model) - count_bytes(base) == plan.max_added_bytes
+    assert plan.summary()["size of the result, at most"] == f"{count_bytes(model) / 1e6:.1f} MB"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"k": -1}, {"k": -1, "density": 0.1}, {"gate_k": 8, "k": 2}, {"routing_use_diff": False}]
+)
+@pytest.mark.parametrize("experts", [1, 3])
 def test_the_added_parameters_are_an_upper_bound(options, experts):
     base = mlp()
     options = {"gate_k": 2, "k": 4, **options}

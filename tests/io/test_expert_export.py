@@ -49,7 +49,13 @@ def test_of_full_rank_it_is_the_fine_tuned_model(tmp_path: Path) -> None:
         if isinstance(module, nn.Linear):
             module.weight += 0.1 * torch.randn_like(module.weight)
     save(upscale(base, {"mine": expert}, k=32, gate_k=2), tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
     export_expert(load(tmp_path / "model"), "mine", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
     again = type(base).from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(output(again, inputs), output(expert, inputs), rtol=1e-4, atol=1e-4)
 
