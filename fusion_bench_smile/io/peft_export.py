@@ -23,16 +23,21 @@ PREFIX = "base_model.model."
 
 
 @torch.no_grad()
-def export_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Path]:
+def export_adapters(
+    model: nn.Module, folder: str | os.PathLike[str], *, equal_ranks: bool = False
+) -> dict[str, Path]:  # fmt: skip
     """Write every expert of an upscaled model as a LoRA adapter ``folder / name``. Returns expert → folder.
 
     An adapter computes what the expert adds to every routed layer, without a router:
     ``PeftModel.from_pretrained(pretrained, folder / name)``. Each layer has its own rank, and the scaling is 1.
     `upscale` takes such folders as experts. A folder is complete or absent. An expert that changed nothing has none.
 
+    With `equal_ranks` all experts have the same rank in all layers, padded by zeros, as ``peft.create_arrow_model``
+    needs it. Its router is that of SMILE with ``gate_k=1``.
+
     Raises:
         PlanError: A layer has a dense expert, is a convolution, or belongs to a split `torch.nn.MultiheadAttention`,
-            which no LoRA adapter expresses; it is named.
+            which no LoRA adapter expresses; it is named. With `equal_ranks` also where an expert changed a bias.
         CheckpointError: The model was not made by `upscale`, or nothing can be written.
     """
     experts, layers = metadata_of(model).experts, routed_layers(model)
@@ -44,14 +49,20 @@ def export_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> dict[st
         if DENSE in layer.layout.ranks:
             raise PlanError(f"{name} has dense experts, which no LoRA adapter expresses; upscale with a rank k")
     with_biases = any(layer.expert_bias is not None for layer in layers.values())
+    if equal_ranks and with_biases:
+        raise PlanError(
+            "the experts changed biases, which equal_ranks=True can't express: Arrow weights matrices alone"
+        )
+    largest = max(max(layer.layout.ranks) for layer in layers.values())
     folders = {}
     for index, name in enumerate(experts):
         ranks = {key: layer.layout.ranks[index] for key, layer in layers.items() if layer.layout.ranks[index]}
-        if not ranks:
+        if not ranks and not equal_ranks:
             continue
+        ranks = dict.fromkeys(layers, largest) if equal_ranks else ranks
         folders[name] = Path(folder) / name
         with replace_folder_atomically(folders[name], carry=is_companion) as scratch:
-            tensors = _adapter_tensors(model, layers, index, with_biases)
+            tensors = _adapter_tensors(model, layers, index, ranks, with_biases)
             save_file(tensors, scratch / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
             _lora_config(ranks, layers, with_biases).save_pretrained(str(scratch))
     return folders
@@ -67,12 +78,17 @@ def _lora_config(ranks: dict[str, int], layers: dict[str, RoutedLayer], with_bia
     )  # fmt: skip
 
 
-def _adapter_tensors(model: nn.Module, layers: dict[str, RoutedLayer], expert: int, biased: bool) -> dict[str, Tensor]:
-    """The tensors of one expert's adapter under PEFT's names."""
+def _adapter_tensors(
+    model: nn.Module, layers: dict[str, RoutedLayer], expert: int, ranks: dict[str, int], biased: bool
+) -> dict[str, Tensor]:
+    """The tensors of one expert's adapter under PEFT's names, padded with zeros to the given ranks."""
     tensors, biases = {}, {}
     for name, layer in layers.items():
-        down, up = layer.directions(expert), layer.rows("up", expert)
-        if down is not None and up is not None:
+        if name in ranks:
+            out_features, in_features = layer.weight_matrix(layer.weight).shape
+            down, up = (layer.weight.new_zeros(ranks[name], size) for size in (in_features, out_features))
+            if (rank := layer.layout.ranks[expert]) > 0:
+                down[:rank], up[:rank] = cast(Tensor, layer.directions(expert)), cast(Tensor, layer.rows("up", expert))
             tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = down, up.mT
         if layer.expert_bias is not None:
             biases[f"{name}.bias"] = cast(Tensor, layer.bias) + layer.expert_bias[expert]

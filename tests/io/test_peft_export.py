@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import peft
 import pytest
 import torch
-from conftest import clip_inputs, clip_tower, experts_of, gpt2, output, t5, t5_inputs
+from conftest import clip_inputs, clip_tower, experts_of, gpt2, output, t5, t5_inputs, tied_llama
 from peft import PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -90,3 +92,33 @@ def test_an_expert_that_changed_nothing_has_no_folder(tmp_path):
     model = upscale(base, {**linear_experts(base, 1), "same": base}, k=4, gate_k=2)
     assert list(export_adapters(model, tmp_path)) == ["expert-0"]
     assert [file.name for file in tmp_path.iterdir()] == ["expert-0"]
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not hasattr(peft, "create_arrow_model"), reason="this release of PEFT has no Arrow")
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_arrow_routes_as_smile_with_one_router_row(tmp_path: Path, top_k: int) -> None:
+    """Arrow finds the leading direction of an adapter by a power iteration of 15 steps."""
+    base = tied_llama().model
+    experts = [copy.deepcopy(base) for _ in range(3)]
+    for index, expert in enumerate(experts):  # deltas of different ranks with one large singular value
+        for name, module in expert.named_modules():
+            if isinstance(module, nn.Linear) and not (index == 1 and "down_proj" in name):
+                out, in_ = module.weight.shape
+                u, v = torch.linalg.qr(torch.randn(out, 3)).Q, torch.linalg.qr(torch.randn(in_, 3)).Q
+                module.weight += (u * torch.tensor([1.0, 0.2, 0.1 * (index > 0)])) @ v.mT
+    model = upscale(base, experts, gate_k=1, k=3, top_k=top_k)
+    folders = export_adapters(model, tmp_path, equal_ranks=True)
+    assert list(folders) == ["0", "1", "2"]
+    config = peft.ArrowConfig(top_k=top_k, rng_seed=0)
+    arrow = peft.create_arrow_model(copy.deepcopy(base), list(map(str, folders.values())), config)
+    x = {"input_ids": torch.randint(1, 40, (2, 9))}
+    torch.testing.assert_close(output(arrow.eval(), x), output(model, x), rtol=1e-3, atol=1e-3)
+    plain = PeftModel.from_pretrained(copy.deepcopy(base), folders["1"]).eval()  # padding changes nothing
+    torch.testing.assert_close(output(plain, x), output(experts[1], x), rtol=1e-3, atol=1e-3)
+
+
+def test_arrow_has_no_biases(tmp_path: Path) -> None:
+    base = clip_tower()
+    with pytest.raises(PlanError, match="the experts changed biases"):
+        export_adapters(upscale(base, experts_of(base), k=4, gate_k=1), tmp_path, equal_ranks=True)
