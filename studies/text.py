@@ -12,8 +12,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fusion_bench_smile import upscale
-from fusion_bench_smile.nn import RoutingEvent, count_parameters, layers_with_router, observe_routing
+from fusion_bench_smile import calibrate, upscale
+from fusion_bench_smile.nn import RoutingEvent, count_bytes, count_parameters, layers_with_router, observe_routing
 from fusion_bench_smile.reports import markdown_table
 from smile_zoo.text import (
     DATA,
@@ -28,15 +28,25 @@ from smile_zoo.text import (
 )
 from smile_zoo.text.evaluate import accuracy, arrays
 from smile_zoo.text.task_pool import tokenize_batch
+from studies import rivals
 from studies.images import run, size_section
 
 RANKS = ((1, 8), (4, 8), (8, 8), (16, 16))  # gate_k, k
 ORACLE_RANKS = (8, 16)
+BY_INPUT = {
+    "8/8": {"gate_k": None, "k": 8}, "16/16, int4": {"gate_k": None, "k": 16, "storage": "int4"},
+    "8 rows, 2 % of the entries, int4": {"gate_k": 8, "k": -1, "density": 0.02, "storage": "int4"},
+}  # fmt: skip
+CALIBRATION = 64  # inputs of each task
 TEXTS_PER_TASK = 150  # for the statistics of routers
 STATISTICS = """\
 Router statistics on tokens of the test split: energies of a token on the router rows of its task's expert and of the
 other experts, relative to random rows; router accuracy, and load of the most frequent expert of a layer, in percent of
 the tokens (chance: 12.5):"""
+
+OTHERS = """\
+Other methods of the framework, and SMILE with one choice of two experts for each text, zero-shot and calibrated by 64
+unlabelled texts of each task. Bytes are relative to the pretrained model in float32:"""
 
 
 def accuracies(models: Mapping[str, nn.Module], kind: Kind, split: Split = "test") -> pd.Series:
@@ -133,6 +143,32 @@ def measure(kind: Kind) -> tuple[pd.DataFrame, pd.DataFrame]:
     return table, pd.DataFrame(statistics).T
 
 
+def other_methods(kind: Kind) -> pd.DataFrame:
+    """SMILE by input and other methods: accuracies, retention, and bytes relative to the pretrained model's (rows)."""
+    pretrained = load_pretrained().eval()
+    experts = {task: load_expert(task, kind).eval() for task in TASKS}
+    individual, tokenizer = accuracies(experts, kind), load_tokenizer()
+    results: dict[str, tuple[pd.Series, float]] = {}
+    for name in rivals.MERGING:
+        model = rivals.merged(pretrained, experts, name)
+        results[name] = accuracies(dict.fromkeys(TASKS, model), kind), 1.0
+    bits = len(experts) / 8  # bytes of EMR's masks for each parameter, beside an elected vector
+    results["EMR-Merging (task known)"] = accuracies(rivals.emr(pretrained, experts), kind), 2 + bits / 4
+    for label, ranks in BY_INPUT.items():
+        for calibration in (0, CALIBRATION):
+            model = upscale(pretrained, experts, routing_scope="input", top_k=2, **ranks).eval()  # type: ignore[arg-type]
+            if calibration:
+                texts = {task: arrays(load_texts(task, "train"), task)[0][:calibration] for task in TASKS}
+                calibrate(model, {task: [tokenize_batch(tokenizer, chosen)] for task, chosen in texts.items()})
+            size = count_bytes(model) / count_bytes(pretrained)
+            name = f"{'calibrated' if calibration else 'input'}, {label}"
+            results[name] = accuracies(dict.fromkeys(TASKS, model), kind), size
+    table = pd.DataFrame({name: values for name, (values, _) in results.items()}).T
+    average = table.mean(axis=1)
+    sizes = [size for _, size in results.values()]
+    return table.assign(average=average, retention=100 * average / individual.mean(), bytes=sizes)
+
+
 def report() -> str:
     """All measurements as Markdown."""
     lines = [
@@ -151,6 +187,7 @@ def _kind_section(kind: Kind) -> Iterator[str]:
     table, statistics = measure(kind)
     yield from [f"## {kind} fine-tuning", "", markdown_table(table, {"parameters": 3}, index=True), ""]
     yield from [*STATISTICS.splitlines(), "", markdown_table(statistics, 2, index=True), ""]
+    yield from [*OTHERS.splitlines(), "", markdown_table(other_methods(kind), {"bytes": 3}, index=True), ""]
 
 
 if __name__ == "__main__":
