@@ -14,17 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.progress import Progress
 
 from ..config import SmileConfig
 from ..exceptions import ConfigError, PlanError, SmileError
-from ..io.hub import existing_path, hub_folder
+from ..io.hub import model_folder
 from .plan_table import plan_table
 from .streaming import plan_folder, upscale_to_folder
-
-COMPANIONS = ("*.json", "*.txt", "*.model")  # of a model on the hub: its configuration, tokenizer and processor
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,20 +74,6 @@ def named_experts(given: Sequence[str]) -> dict[str, str]:
     return experts
 
 
-def model_folder(name: str) -> Path:
-    """The folder of a model, which is downloaded with its tokenizer if the name is one on the hub.
-
-    Raises PlanError if there is none.
-    """
-    folder = existing_path(name)
-    if folder is None:
-        folder = hub_folder(name)
-        snapshot_download(name, allow_patterns=list(COMPANIONS))
-    if not folder.is_dir():
-        raise PlanError(f"{name} is a file: give the folder of the pretrained model, with its config.json")
-    return folder
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Upscale a pretrained model and its fine-tuned experts to one SMILE model, layer by layer from "
@@ -111,10 +94,17 @@ def _parser() -> argparse.ArgumentParser:
     for field in fields(SmileConfig):
         flag = f"--{field.name.replace('_', '-')}"
         default = f"(default: {_text(field.default)})"
-        group.add_argument(
-            flag, dest=field.name, type=yaml.safe_load, metavar="VALUE", default=argparse.SUPPRESS, help=default
-        )
+        group.add_argument(flag, dest=field.name, type=_value, metavar="VALUE", default=argparse.SUPPRESS, help=default)
     return parser
+
+
+def _value(text: str) -> Any:
+    """A value as on the command line of fusion_bench; what YAML can't read, such as ``*_proj``, is text."""
+    try:
+        value = yaml.safe_load(text)
+        return float(value) if isinstance(value, str) else value  # YAML reads 2e-2 as text
+    except (yaml.YAMLError, ValueError):
+        return text
 
 
 def _text(value: Any) -> str:

@@ -24,6 +24,7 @@ from ..io.model_card import write_model_card
 from ..io.names import check_expert_names
 from ..io.safetensors_source import INDEX_FILE
 from ..io.sources import with_names_of
+from ..io.text import shortened
 from ..io.transformers_hook import SmileQuantizationConfig, is_tied, mark_checkpoint
 from ..io.weight_files import open_weights
 from ..nn import ExpertLayout, store_tensors
@@ -73,10 +74,6 @@ def upscale_to_folder(
         CheckpointError: Nothing can be written to `folder`.
     """
     config, pretrained, folder = SmileConfig.resolve(config, options), Path(pretrained), Path(folder)
-    check_expert_names(experts)
-    for name in ("param_ratio", "byte_ratio"):
-        if getattr(config, name) is not None:
-            raise ConfigError(f"{name}={getattr(config, name)} needs the whole model in memory: use upscale and save")
     stream = _Stream(pretrained, experts, config, factor_cache, on_progress)
     with replace_folder_atomically(folder, carry=is_companion) as scratch:
         writer = ShardWriter(scratch, max_shard_bytes)
@@ -110,7 +107,14 @@ class _Stream:
     ) -> None:  # fmt: skip
         """Plan the upscaling with a model without weights, and open all files."""
         self.on_progress = on_progress
-        model_config = AutoConfig.from_pretrained(folder)
+        check_expert_names(experts)
+        for name in ("param_ratio", "byte_ratio"):
+            if (value := getattr(config, name)) is not None:
+                raise ConfigError(f"{name}={value} needs the whole model in memory: use upscale and save")
+        try:
+            model_config = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise PlanError(f"{folder} has no config of a transformers model: {shortened(error)}") from None
         with torch.device("meta"):
             self.model = architecture(folder, model_config.architectures)._from_config(model_config)
         self.model.tie_weights()

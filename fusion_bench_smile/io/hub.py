@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -13,6 +13,7 @@ from .file_source import indexed_files
 from .text import shortened
 from .weight_files import ADAPTER_CONFIG, ADAPTER_FILES, MODEL_FILES
 
+COMPANIONS = ("*.json", "*.txt", "*.model")  # of a model's weights: its configuration, tokenizer and processor
 LOCAL_STARTS = ("/", "./", "../", "~", os.sep)
 
 
@@ -58,6 +59,24 @@ def hub_folder(name: str) -> Path:
             if _first_of(name, [shard]) is None:
                 raise PlanError(f"{name} on the hub lacks {shard}, which its index names: the checkpoint is incomplete")
     return file.parent
+
+
+def model_folder(name: str | os.PathLike[str]) -> Path:
+    """The folder of a model with its config. If the name is one on the hub, both and its tokenizer are downloaded.
+
+    Raises PlanError for a file, for a path that does not exist, and as `hub_folder`.
+    """
+    folder = existing_path(name)
+    if folder is None:
+        try:  # first, so that the weights are those of the same commit
+            snapshot_download(str(name), allow_patterns=list(COMPANIONS))
+        except Exception as error:  # no such model, no permission, no network and nothing in the cache
+            problem = f"{name} is no folder, and can't be downloaded from the hub: {shortened(error)}"
+            raise PlanError(f"{problem}; correct the name") from error
+        folder = hub_folder(str(name))
+    if not folder.is_dir():
+        raise PlanError(f"{name} is a file: give the folder of the pretrained model, with its config.json")
+    return folder
 
 
 def _first_of(name: str, files: Iterable[str]) -> Path | None:

@@ -327,8 +327,7 @@ def _resize_token_embeddings(
     """``resize_token_embeddings``, after which a routed head still is one. Its experts do not change new tokens."""
     head = model.get_output_embeddings()
     num_tokens = len(head.weight) if isinstance(head, SmileLinear) else None
-    has_dropped = isinstance(head, SmileLinear) and head.smile_config.density is not None and head.dense is not None
-    if has_dropped and new_num_tokens is not None:
+    if num_tokens is not None and _changes_dropped_experts(head, new_num_tokens, *args, **kwargs):
         raise PlanError(
             "the head has experts with dropped entries, whose places depend on its size: resize the embeddings of all "
             "models before upscaling, or leave the head out with exclude_modules"
@@ -339,3 +338,12 @@ def _resize_token_embeddings(
         head.resize_outputs(plain)
         model.set_output_embeddings(head)
     return resized
+
+
+def _changes_dropped_experts(
+    head: SmileLinear, new_num_tokens: int | None, pad_to_multiple_of: int | None = None, *_: Any, **__: Any
+) -> bool:
+    """Whether a head would get another size, of which experts with dropped entries hold the places."""
+    size = len(head.weight) if new_num_tokens is None else new_num_tokens
+    size += -size % (pad_to_multiple_of or 1)
+    return head.smile_config.density is not None and head.dense is not None and size != len(head.weight)

@@ -54,8 +54,11 @@ class RoutedGenerate(RoutedForward):
         prompts = (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
         prompt = next((value for value in prompts if isinstance(value, Tensor)), None)
         length = None if self.role == "encoder_decoder" else 1 if prompt is None else prompt.shape[1]
-        with generate_with(Generation(self.router, length)):
-            return self.__wrapped__(*args, **kwargs)
+        try:
+            with generate_with(Generation(self.router, length)):
+                return self.__wrapped__(*args, **kwargs)
+        finally:
+            self.router.merged_weights.clear()
 
 
 def router_of(model: nn.Module) -> InputRouter | None:

@@ -84,6 +84,11 @@ def _used_ranks(gate_ranks: Sequence[int], rows: int | None) -> tuple[int, ...]:
 _kept: WeakKeyDictionary[RoutedLayer, tuple[Version, Tensor]] = WeakKeyDictionary()
 
 
+def forget_rows(layer: RoutedLayer) -> None:
+    """Forget what is kept of the router rows: fused optimizers change them without a trace."""
+    _kept.pop(layer, None)
+
+
 def _scoring_rows(layer: RoutedLayer, dtype: torch.dtype, sizes: tuple[int, ...], weighted: bool) -> Tensor:
     """The rows that tokens are multiplied with, kept until the router rows change: (Σ sizes, in), or twice as many."""
     names = ("gate", "gate_scale", "up", "up_scale") if weighted else ("gate", "gate_scale")

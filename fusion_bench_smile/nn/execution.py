@@ -64,7 +64,7 @@ def by_token(layer: RoutedLayer, x: Tensor) -> Tensor:
         return masked(layer, x, output, None, uniform)
     scores = expert_norms(projections, layer.layout.gate_ranks)
     layer.call_routing_hooks(x, scores)
-    if is_one_token(layer, x):
+    if is_one_token(layer, x) and (layer.smile_config.top_k == 1 or not torch.is_grad_enabled()):
         return one_token(layer, x, output, projections, scores)
     if grouping_pays(layer, x):
         return grouped(layer, x, output, projections, scores)
@@ -79,17 +79,28 @@ def merged_parameters(layer: RoutedLayer, x: Tensor, state: RoutingState) -> Par
     The sum is kept while the choice holds: while a model generates, or in a ``use_experts`` block. For a single call it
     has to cost less than the products of the tokens with the factors.
     """
-    config, router, dtype = layer.smile_config, layer.input_router, layer.weight.dtype
-    choice = None if router is None or is_traced() or config.execution != "auto" else state.one_choice
-    # of lower precision, the sum would be rounded by as much as the deltas
-    if choice is None or router is None or torch.is_grad_enabled() or dtype not in (torch.float32, torch.float64):
+    router = layer.input_router
+    if router is None or is_traced() or layer.smile_config.execution != "auto":
         return None
-    if state.is_given or state.is_continued:
+    if torch.is_grad_enabled():
+        router.merged_weights.clear()  # the model may be trained
+        return None
+    if not _sum_is_exact(layer, x) or (choice := state.one_choice) is None:
+        return None
+    if state.merges:
         return router.merged_weights.get(layer, choice)
     out_features, in_features = layer.weight_matrix(layer.weight).shape
     tokens = x.numel() // in_features
     pays = bool(layer.layout.dense_experts) or tokens * (in_features + out_features) > in_features * out_features
     return merge(layer, choice) if pays else None
+
+
+def _sum_is_exact(layer: RoutedLayer, x: Tensor) -> bool:
+    """Whether weights are added and multiplied in float32 at least; otherwise deltas would be lost in the rounding."""
+    if layer.weight.dtype not in (torch.float32, torch.float64):
+        return False
+    device_type = x.device.type
+    return not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type))
 
 
 def grouping_pays(layer: RoutedLayer, x: Tensor) -> bool:

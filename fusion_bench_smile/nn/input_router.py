@@ -92,7 +92,7 @@ class InputRouter(nn.Module):
     prototypes: Prototypes | None  # calibrated, their scores replace the experts'
     layers: tuple[RoutedLayer, ...]  # those with a router in the deciding module, in the order of the model
     token_layers: set[RoutedLayer]  # the layers whose tokens can't be attributed to inputs
-    merged_weights: MergedWeights  # of choices that hold for several calls
+    merged_weights: MergedWeights  # of a choice that holds for several calls
 
     def __init__(self, config: SmileConfig, experts: Sequence[str]) -> None:
         super().__init__()
@@ -177,7 +177,10 @@ class InputRouter(nn.Module):
             return self._enter(state, module, role, forward, call, arguments)
         generation = active_generation(self)
         held = None if generation is None or generation.state is None else generation.state.copy()
-        state = held or kept_state(self, arguments) or RoutingState(router=self)
+        continued = held or kept_state(self, arguments)
+        state = continued or RoutingState(router=self)
+        if continued is not None and continued.one_choice is not None:
+            state.merges = self.merged_weights.announce(continued.one_choice)
         with activate(state):
             output = self._enter(state, module, role, forward, call, arguments)
             for hook in list(self._choice_hooks.values()):
@@ -233,6 +236,7 @@ class InputRouter(nn.Module):
         """Score the inputs of a call in a first pass, up to the last layer that is needed, and choose their experts."""
         state.awaited = set(self._scored_layers())
         state.can_end_early = can_be_interrupted(module)
+        state.is_trained = torch.is_grad_enabled()
         self._run_first_pass(state, forward, call)
         choose_for_all_layers(state, self.smile_config, len(self.experts), self.prototypes)
 

@@ -154,10 +154,16 @@ def use_experts(model: nn.Module, weights: Tensor) -> Iterator[None]:
     if weights.ndim not in (1, 2) or weights.shape[-1] != len(router.experts):
         expected = f"({len(router.experts)},) or (inputs, {len(router.experts)})"
         raise ConfigError(f"the weights of the experts have the shape {tuple(weights.shape)}; it must be {expected}")
-    weights = weights.reshape(-1, len(router.experts)).to(next(model.parameters()).device)
+    weights = weights.detach().clone().reshape(-1, len(router.experts)).to(next(model.parameters()).device)
     state = RoutingState(router, num_inputs=len(weights), scores=weights, choice=weights, is_given=True)
-    with activate(state):
-        yield
+    if (choice := state.one_choice) is not None:
+        router.merged_weights.announce(choice)
+        state.merges = True
+    try:
+        with activate(state):
+            yield
+    finally:
+        router.merged_weights.clear()
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from threading import Lock
 from typing import TYPE_CHECKING, cast
 
@@ -38,41 +37,51 @@ def merge(layer: RoutedLayer, choice: Choice) -> Parameters:
 
 
 class MergedWeights:
-    """The merged weights of the choices that were used last, for the layers of one model.
+    """The merged weights of one choice, for the layers of one model, in at most `max_bytes`.
 
-    All of them take at most `max_bytes`. The choice that was not used for longest is dropped first. A copy of the
-    object is empty.
+    A choice that calls of the model use in turn with another one is not merged. A copy of the object is empty.
     """
 
     def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
-        self.max_bytes = max_bytes
-        self._kept: OrderedDict[Choice, dict[RoutedLayer, tuple[Version, Parameters]]] = OrderedDict()
+        self.max_bytes, self.num_bytes = max_bytes, 0
+        self._choice: Choice | None = None
+        self._kept: dict[RoutedLayer, tuple[Version, Parameters]] = {}
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.max_bytes,)
 
-    @property
-    def num_bytes(self) -> int:
-        """The size of all kept weights."""
-        return sum(weight.nbytes for layers in self._kept.values() for _, (weight, _) in layers.values())
+    def announce(self, choice: Choice) -> bool:
+        """Whether a choice is that of the call before. From now on, the weights of others are dropped."""
+        with self._lock:
+            is_known = choice == self._choice
+            if not is_known:
+                self._clear()
+                self._choice = choice
+            return is_known
+
+    def clear(self) -> None:
+        """Drop all weights."""
+        if self._choice is not None:
+            with self._lock:
+                self._clear()
+
+    def _clear(self) -> None:
+        self._kept, self._choice, self.num_bytes = {}, None, 0
 
     def get(self, layer: RoutedLayer, choice: Choice) -> Parameters | None:
-        """The merged weight and bias of a layer; None if they do not fit beside the others of this choice."""
-        version = version_of(layer._parameters.values())
+        """The merged weight and bias of a layer; None if they do not fit, or another choice was announced."""
+        version = version_of([layer.weight, cast("Tensor | None", layer.bias), *layer._parameters.values()])
         with self._lock:
-            layers = self._kept.setdefault(choice, {})
-            self._kept.move_to_end(choice)
-            known = layers.get(layer)
+            known = self._kept.get(layer)
+            if version is None or choice != self._choice:
+                return None
             if known is not None and known[0] == version:
                 return known[1]
-            layers.pop(layer, None)
-            if version is None or not self._make_room(layer.weight.nbytes):
+            size = layer.weight.nbytes
+            self.num_bytes -= size if known is not None else 0
+            self._kept.pop(layer, None)
+            if self.num_bytes + size > self.max_bytes:
                 return None
-            layers[layer] = version, merge(layer, choice)
-            return layers[layer][1]
-
-    def _make_room(self, size: int) -> bool:
-        while self.num_bytes + size > self.max_bytes and len(self._kept) > 1:
-            self._kept.popitem(last=False)
-        return self.num_bytes + size <= self.max_bytes
+            self._kept[layer], self.num_bytes = (version, merge(layer, choice)), self.num_bytes + size
+            return self._kept[layer][1]

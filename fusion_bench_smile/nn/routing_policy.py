@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..config import SmileConfig
-from .energy import SCORED_ROWS, energy_shares, routing_features
+from .energy import SCORED_ROWS, energy_shares, forget_rows, routing_features
 from .execution import InputGroups
 from .prototypes import Prototypes
 from .routed import RoutedLayer
@@ -20,7 +20,11 @@ LEAST_SPREAD = 0.1  # few layers say little about their deviation; over many it 
 
 def observe_layer(state: RoutingState, layer: RoutedLayer, x: Tensor, rows: int | None = SCORED_ROWS) -> None:
     """Add the logarithms of a layer's energy shares, or its features for prototypes, in the first pass."""
+    if state.is_trained:
+        forget_rows(layer)
     token_values = (routing_features if state.collects_features else energy_shares)(layer, x, rows)
+    if state.is_trained:
+        forget_rows(layer)
     if token_values is not None:
         state.features.append(log_energy_share(state.mean_over_tokens(token_values)).float())
 

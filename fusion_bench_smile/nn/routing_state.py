@@ -39,7 +39,8 @@ class RoutingState:
     num_inputs: int | None = None  # B; None until the inputs enter, e.g. the encoder
     mask: Tensor | None = None  # (B, tokens), bool, the tokens that count; None counts all
     num_candidates: int = 0  # tokens after the prompt that an assistant proposes, in the first call of a generation
-    is_continued: bool = False  # an earlier call has made the choice
+    is_trained: bool = False  # the call computes gradients, after which the router rows may change
+    merges: bool = False  # the choice holds for several calls, so that its experts are added to the weights
     is_given: bool = False  # the user named the experts; with B = 1 for any number of inputs
     in_first_pass: bool = False  # the pretrained model alone processes the inputs, and its layers are scored
     collects_features: bool = False  # the first pass collects the features of prototypes
@@ -59,9 +60,12 @@ class RoutingState:
 
     @property
     def one_choice(self) -> Choice | None:
-        """The choice that all inputs of the call have, because there is one; None for several."""
+        """The choice that all inputs of the call have, because there is one; None for several, or without values."""
         if self._one_choice is None and self.choice is not None and len(self.choice) == 1:
-            (weights,) = self.choice.tolist()
+            try:
+                (weights,) = self.choice.tolist()
+            except (NotImplementedError, RuntimeError):  # on the meta device, and under `torch.func.vmap`
+                return None
             self._one_choice = tuple((expert, weight) for expert, weight in enumerate(weights) if weight)
         return self._one_choice
 
@@ -74,7 +78,7 @@ class RoutingState:
 
     def copy(self) -> RoutingState:
         """The decisions so far, for a call that continues the same inputs and may add others."""
-        return replace(self, features=[], is_continued=True)
+        return replace(self, features=[])
 
     def __deepcopy__(self, memo: Any) -> RoutingState:
         return self  # a copied cache continues the same inputs; a kept state does not change

@@ -12,7 +12,11 @@ from .scoring import is_traced
 
 
 class Version(NamedTuple):
-    """What a value was computed from. Two versions are equal if no tensor was changed, cast, moved or replaced."""
+    """What a value was computed from: equal versions say that no tensor was changed, cast, moved or replaced.
+
+    Changes through ``tensor.data`` are not counted by torch, nor are those of fused optimizers. While a tensor has a
+    gradient, its version is unknown for that reason.
+    """
 
     storages: tuple[StorageWeakRef, ...]  # an address is used again, but not while there is a weak reference
     tensors: tuple[object, ...]
@@ -22,11 +26,15 @@ class Version(NamedTuple):
 def version_of(tensors: Iterable[Tensor | None], *kinds: object) -> Version | None:
     """The version of tensors and of other values that a result depends on.
 
-    None where it is unknown: to a compiler, and for tensors of inference mode, which count no changes.
+    None where it is unknown: to a compiler, while they are trained, and for tensors of inference mode, which count no
+    changes, of the meta device and of transformed functions, which have no storage.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    if is_traced() or any(tensor.is_inference() or tensor.is_meta for tensor in given):
+    if is_traced() or any(t.is_inference() or t.is_meta or (t.is_leaf and t.grad is not None) for t in given):
         return None
-    storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in given)
+    try:
+        storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in given)
+    except (NotImplementedError, RuntimeError):
+        return None
     described = tuple((id(t), t._version, t.storage_offset(), t.stride(), t.dtype, t.device) for t in given)
     return Version(storages, described, kinds)

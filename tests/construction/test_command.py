@@ -46,6 +46,14 @@ def test_the_plan_reads_no_weights(folders: dict[str, Path], capsys, monkeypatch
     assert "parameters added, at most" in table
 
 
+def test_values_are_written_as_on_the_frameworks_command_line(folders: dict[str, Path], tmp_path: Path) -> None:
+    main([str(folders["base"]), str(folders["a"]), str(folders["b"]), "--output", str(tmp_path / "out"),
+          "--target-modules", "*fc1", "--k", "-1", "--density", "2e-1", "--gate-k", "2"])  # fmt: skip
+    model = CLIPVisionModel.from_pretrained(tmp_path / "out")
+    assert all(name.endswith("fc1") for name in metadata_of(model).layouts)
+    assert metadata_of(model).config.density == 0.2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -57,6 +65,10 @@ def test_the_plan_reads_no_weights(folders: dict[str, Path], capsys, monkeypatch
         (["base", "./missing", "-o", "out"], "./missing does not exist"),
         (["./missing", "a", "-o", "out"], "./missing does not exist"),
         (["base/config.json", "a", "-o", "out"], "is a file: give the folder of the pretrained model"),
+        (["base", "a", "--plan", "--byte-ratio", "1.5", "--gate-k", "1", "--k", "4"], "needs the whole model"),
+        (["base", "a", "-o", "out", "--target-modules", "[fc1"], "matches no"),
+        (["broken", "a", "-o", "out"], "broken has no config of a transformers model"),
+        (["no-such/model", "a", "-o", "out"], "can't be downloaded from the hub"),
         (["base", "a", "-o", "out", "--byte-ratio", "1.5", "--gate-k", "1", "--k", "4"], "needs the whole model"),
     ],
 )  # fmt: skip
@@ -64,6 +76,8 @@ def test_an_error_is_one_line(
     folders: dict[str, Path], tmp_path: Path, monkeypatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
     with pytest.raises(SystemExit) as error:
         main(arguments)
     assert message in str(error.value)

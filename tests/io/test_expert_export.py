@@ -11,6 +11,7 @@ import torch
 from conftest import clip_inputs, clip_tower, experts_of, gpt2, mlp, output, t5, t5_inputs, tied_llama
 from safetensors.torch import load_file
 from torch import nn
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from fusion_bench_smile import CheckpointError, PlanError, as_expert, export_expert, load, save, upscale
 
@@ -83,6 +84,39 @@ def test_other_models_are_safetensors_files(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_all_names_of_a_bias_and_a_layer_have_its_change(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=20,
+    )  # fmt: skip
+    base, x = BertForMaskedLM(config).eval(), {"input_ids": torch.randint(1, 40, (2, 7))}
+    model = upscale(base, experts_of(base, 2, 0.3), k=16, gate_k=2, routing_scope="input")
+    export_expert(model, "1", tmp_path / "bert")
+    with as_expert(model, "1"):
+        expected = output(model, x)
+    plain = BertForMaskedLM.from_pretrained(tmp_path / "bert").eval()
+    torch.testing.assert_close(output(plain, x), expected, rtol=1e-4, atol=1e-4)
+
+    layer = nn.Linear(8, 8)
+    twice, row = nn.Sequential(layer, nn.GELU(), layer), torch.randn(3, 8)
+    model = upscale(twice, experts_of(twice, 2, 0.3), k=8, gate_k=2, routing_scope="input")
+    export_expert(model, "1", tmp_path / "twice")
+    tensors = load_file(tmp_path / "twice" / "model.safetensors")
+    with as_expert(model, "1"):
+        expected = model(row)
+    twice.load_state_dict(tensors)
+    torch.testing.assert_close(twice(row), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_generation_config_is_kept(tmp_path: Path) -> None:
+    base = gpt2()
+    base.generation_config.update(eos_token_id=[0, 3], max_length=77, pad_token_id=5)
+    export_expert(upscale(base, experts_of(base), k=4, gate_k=2), "0", tmp_path / "out")
+    again = type(base).from_pretrained(tmp_path / "out").generation_config
+    assert (again.eos_token_id, again.max_length, again.pad_token_id) == ([0, 3], 77, 5)
+
+
 def test_refusals(tmp_path: Path) -> None:
     base = clip_tower()
     model = upscale(base, experts_of(base), k=4, gate_k=2)
@@ -93,4 +127,7 @@ def test_refusals(tmp_path: Path) -> None:
     attention = nn.Sequential(nn.MultiheadAttention(16, 2))
     with pytest.raises(PlanError, match="was split into layers, which its class does not have"):
         export_expert(upscale(attention, experts_of(attention), k=4, gate_k=2), "0", tmp_path / "out")
+    tied = T5ForConditionalGeneration(T5Config(**{**t5().config.to_dict(), "tie_word_embeddings": True}))
+    with pytest.raises(PlanError, match="computes otherwise if its head is not tied"):
+        export_expert(upscale(tied, experts_of(tied), k=4, gate_k=2), "0", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -192,3 +192,19 @@ def test_no_operation_waits_for_the_values_of_a_device(options):
     grouped = upscale(base, experts_of(base), k=4, gate_k=2, execution="grouped").to("meta")
     with pytest.raises(NotImplementedError):
         grouped(pixel_values=pixels.to("meta"))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_one_token_alone_is_computed_as_in_a_batch(top_k):
+    base = nn.Sequential(nn.Linear(20, 32), nn.GELU(), nn.Linear(32, 12))
+    model = upscale(base, experts_of(base, 3, 0.3), k=4, gate_k=2, top_k=top_k)
+    x = torch.randn(2, 20)
+    results = []
+    for rows in (x[:1], x):
+        model.zero_grad()
+        y = model(rows)[:1]
+        y.square().sum().backward()
+        with torch.no_grad():
+            torch.testing.assert_close(model(rows)[:1], y)
+        results.append([y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)

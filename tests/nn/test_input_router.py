@@ -135,8 +135,8 @@ def test_experts_that_are_given_are_computed_by_merged_weights(name: str, option
     for weights in (torch.eye(3)[2], torch.tensor([0.5, 0.0, 0.75]), torch.zeros(3)):
         with use_experts(merged, weights), use_experts(grouped, weights), record_routing(merged) as routing:
             torch.testing.assert_close(output(merged, inputs), output(grouped, inputs), atol=1e-9, rtol=1e-9)
+            assert router_of(merged).merged_weights.num_bytes > 0 == router_of(grouped).merged_weights.num_bytes
         assert all(len(layer.experts) for layer in routing.values())
-    assert router_of(merged).merged_weights.num_bytes > 0 == router_of(grouped).merged_weights.num_bytes
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

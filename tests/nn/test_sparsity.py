@@ -114,4 +114,7 @@ def test_a_head_of_dropped_experts_is_not_resized() -> None:
     model = upscale(base, experts_of(base), k=-1, gate_k=2, density=0.1)
     with pytest.raises(PlanError, match="resize the embeddings of all models before upscaling"):
         model.resize_token_embeddings(50)
-    assert model.resize_token_embeddings().weight.shape[0] == 40
+    with pytest.raises(PlanError, match="resize the embeddings of all models before upscaling"):
+        model.resize_token_embeddings(None, pad_to_multiple_of=64)
+    for arguments in ((), (40,), (33, 8)):
+        assert model.resize_token_embeddings(*arguments).weight.shape[0] == 40
