@@ -66,9 +66,11 @@ def dequantized(values: Tensor, scales: Tensor, size: int, dtype: torch.dtype) -
     """The rows (…, n) of quantized ones, in a dtype."""
     if values.dtype == torch.int8:
         return values.to(dtype) * scales.to(dtype)
-    pairs = torch.stack([values & 15, values >> 4], dim=-1).flatten(-2)[..., :size]  # (…, n), from 1 to 15
-    by_value = scales.view(torch.bfloat16).float().repeat_interleave(GROUP, dim=-1)[..., :size]
-    return ((pairs.float() - (LARGEST_INT4 + 1)) * by_value).to(dtype)
+    pairs = torch.stack([values & 15, values >> 4], dim=-1).flatten(-2)  # (…, n) or (…, n + 1), from 1 to 15
+    if padding := scales.shape[-1] * GROUP - pairs.shape[-1]:
+        pairs = F.pad(pairs, (0, padding))
+    groups = pairs.float().sub_(LARGEST_INT4 + 1).unflatten(-1, (-1, GROUP))  # (…, groups, 64)
+    return groups.mul_(scales.view(torch.bfloat16).float()[..., None]).flatten(-2)[..., :size].to(dtype)
 
 
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
