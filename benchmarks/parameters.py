@@ -44,7 +44,7 @@ def counts(model: nn.Module, excluded: list[str], experts: int, gate_k: int, k: 
     framework = experts * sum(
         layer.k * (layer.in_features + layer.out_features) + layer.gate_k * layer.in_features for layer in plan.layers
     )
-    ours = sum(layer.max_added_parameters([None] * experts) for layer in plan.layers)
+    ours = sum(layer.max_added([None] * experts) for layer in plan.layers)
     return plan.parameters, plan.parameters + framework, plan.parameters + ours
 
 

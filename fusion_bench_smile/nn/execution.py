@@ -50,7 +50,9 @@ def routed_output(layer: RoutedLayer, x: Tensor) -> Tensor:
     merged = None if weights is None else merged_parameters(layer, x, state)
     if merged is not None:
         return layer.plain_output(x, *merged)
-    groups = router.group_inputs(state, weights) if weights is not None and grouping_inputs_pays(layer, x) else None
+    groups = router.group_inputs(state, weights) if weights is not None and may_group_inputs(layer, x) else None
+    if groups is not None and not grouping_inputs_pays(layer, x, groups):
+        groups = None
     output = layer.plain_output(x, layer.weight, cast("Tensor | None", layer.bias))
     return output if weights is None else by_input(layer, x, output, weights, groups)
 
@@ -125,16 +127,29 @@ def is_one_token(layer: RoutedLayer, x: Tensor) -> bool:
     return x.device.type == "cpu" and x.numel() == x.shape[-1] and not is_traced()
 
 
-def grouping_inputs_pays(layer: RoutedLayer, x: Tensor) -> bool:
-    """Whether the inputs of each expert are computed with this expert alone, where weights are those of whole inputs.
-
-    Their groups are the same in all layers, and known from the second one on.
-    """
+def may_group_inputs(layer: RoutedLayer, x: Tensor) -> bool:
+    """Whether computing the inputs of each expert with this expert alone could pay, before their groups are known."""
     if is_traced() or layer.smile_config.execution == "masked":
         return False
-    if layer.smile_config.execution != "auto" or layer.layout.dense_experts:
+    return _must_group_inputs(layer) or _factor_products(layer, x) > GROUP_COST
+
+
+def grouping_inputs_pays(layer: RoutedLayer, x: Tensor, groups: InputGroups) -> bool:
+    """Whether it does for these groups, which are the same in all layers, and known from the second one on."""
+    if _must_group_inputs(layer):
         return True
-    return _saved_products(layer, x) > GROUP_COST * _num_groups(layer, x)
+    computed = sum(len(inputs) for _, inputs in groups.members) / max(1, groups.num_inputs * layer.layout.num_experts)
+    return (1 - computed) * _factor_products(layer, x) > GROUP_COST * len(groups.members)
+
+
+def _must_group_inputs(layer: RoutedLayer) -> bool:
+    return layer.smile_config.execution != "auto" or bool(layer.layout.dense_experts)
+
+
+def _factor_products(layer: RoutedLayer, x: Tensor) -> int:
+    """The multiply-adds of the tokens of x with the factors of all experts."""
+    out_features, in_features = layer.weight_matrix(layer.weight).shape
+    return max(x.numel() // in_features, MIN_TOKENS) * sum(layer.layout.low_ranks) * (in_features + out_features)
 
 
 def _num_groups(layer: RoutedLayer, x: Tensor) -> int:
