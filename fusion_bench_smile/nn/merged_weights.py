@@ -6,7 +6,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .versions import Version, version_of
 
@@ -71,7 +71,10 @@ class MergedWeights:
 
     def get(self, layer: RoutedLayer, choice: Choice) -> Parameters | None:
         """The merged weight and bias of a layer; None if they do not fit, or another choice was announced."""
-        version = version_of([layer.weight, cast("Tensor | None", layer.bias), *layer._parameters.values()])
+        tensors = list(layer._parameters.values())
+        if "weight" not in layer._parameters:  # it is computed from others, e.g. by `torch.nn.utils.prune`
+            tensors += [cast(nn.Parameter, layer.weight), cast("nn.Parameter | None", layer.bias)]
+        version = version_of(tensors)
         with self._lock:
             known = self._kept.get(layer)
             if version is None or choice != self._choice:
