@@ -29,25 +29,27 @@ EXPERTS, GATE_K, K = 8, 16, 32
 VIT = ((768, 768), (3072, 768), (768, 3072))  # (out, in)
 
 
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """The seconds of one call, with what it starts on a device."""
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
 def interleaved(
     functions: Mapping[str, Callable[[], object]], device: torch.device, budget: float = 3.0
 ) -> dict[str, float]:
     """Median seconds of each function; they are called in turn, in alternating order, for `budget` seconds."""
 
-    def once(run: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
     times: dict[str, list[float]] = {name: [] for name in functions}
     for run in functions.values():
-        once(run)
+        seconds_of(run, device)
     end, turn = time.perf_counter() + budget, 0
     while time.perf_counter() < end or turn < 5:
         for name in functions if turn % 2 == 0 else reversed(functions):
-            times[name].append(once(functions[name]))
+            times[name].append(seconds_of(functions[name], device))
         turn += 1
     return {name: statistics.median(values) for name, values in times.items()}
 

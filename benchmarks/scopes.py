@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
 
 import torch
 from construction import framework
-from forward import add_device, set_up
+from forward import add_device, seconds_of, set_up
 from torch import Tensor, nn
 
 from fusion_bench_smile import dequantize, upscale
@@ -47,19 +46,12 @@ FRAMEWORK = "framework, 16/32"
 def paired_ratios(functions: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
     """The median over rounds of each function's time, relative to that of the first function in the same round."""
 
-    def once(run: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
     for run in functions.values():
-        once(run)
+        seconds_of(run, device)
     times = []
     for turn in range(rounds):
         order = list(functions) if turn % 2 == 0 else list(reversed(functions))
-        times.append({name: once(functions[name]) for name in order})
+        times.append({name: seconds_of(functions[name], device) for name in order})
     first = next(iter(functions))
     return {name: statistics.median(turn[name] / turn[first] for turn in times) for name in functions}
 

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from inspect import cleandoc
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import yaml
 
 from fusion_bench_smile import SmileConfig, SmileUpscalingAlgorithm
 from fusion_bench_smile.config import FRAMEWORK_NAMES
-from fusion_bench_smile.io import write_atomically
+from fusion_bench_smile.io import as_yaml, write_atomically
 
 METHOD = Path(__file__).parents[1] / "config" / "method" / "smile_upscaling.yaml"
 HEADER = """# Options
@@ -46,19 +45,13 @@ def described(text: str) -> dict[str, str]:
     return {name: " ".join(value.split()).replace("``", "`") for name, value in entries}
 
 
-def shown(value: Any) -> str:
-    """A default as it is written on the command line."""
-    return "null" if value is None else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
-
-
 def page() -> str:
     """The page in Markdown."""
     texts, defaults = described(SmileConfig.__doc__ or ""), yaml.safe_load(METHOD.read_text())
     rows = []
     for field in fields(SmileConfig):
-        default = None if field.default is MISSING else field.default
         rows.append({
-            "option": f"`{field.name}`", "default": f"`{shown(list(default) if default == () else default)}`",
+            "option": f"`{field.name}`", "default": f"`{as_yaml(field.default)}`",
             "meaning": texts[field.name],
         })  # fmt: skip
     run = described(SmileUpscalingAlgorithm.__doc__ or "")
@@ -66,7 +59,7 @@ def page() -> str:
     run_rows = [
         {
             "option": f"`{name}`",
-            "default": f"`{shown(defaults[name])}`",
+            "default": f"`{as_yaml(defaults[name])}`",
             "meaning": f"{run[name][0].upper()}{run[name][1:]}",
         }
         for name in of_run

@@ -20,6 +20,7 @@ from rich.progress import Progress
 from ..config import SmileConfig
 from ..exceptions import ConfigError, PlanError, SmileError
 from ..io.hub import model_folder
+from ..io.text import as_yaml
 from .plan_table import plan_table
 from .streaming import plan_folder, upscale_to_folder
 
@@ -93,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for field in fields(SmileConfig):
         flag = f"--{field.name.replace('_', '-')}"
-        default = f"(default: {_text(field.default)})"
+        default = f"(default: {as_yaml(field.default)})"
         group.add_argument(flag, dest=field.name, type=_value, metavar="VALUE", default=argparse.SUPPRESS, help=default)
     return parser
 
@@ -105,7 +106,3 @@ def _value(text: str) -> Any:
         return float(value) if isinstance(value, str) else value  # YAML reads 2e-2 as text
     except (yaml.YAMLError, ValueError):
         return text
-
-
-def _text(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()

@@ -32,17 +32,18 @@ if TYPE_CHECKING:
         tied_names,
     )
     from .tables import markdown_table
+    from .text import as_yaml
     from .transformers_hook import metadata_of
     from .verification import verify_checkpoint
     from .weight_files import ADAPTER_CONFIG, MODEL_FILES, open_weights
 
 __all__ = [
     "ADAPTER_CONFIG", "MODEL_FILES", "AdapterSource", "ExpertChange", "ExpertSource", "FileSource", "Provenance",
-    "ResizedSource", "SafetensorsSource", "SmileMetadata", "Source", "StateDictSource", "check_writable_folder",
-    "existing_path", "export_adapters", "export_expert", "hub_folder", "is_checkpoint", "lazy_source", "load",
-    "local_path", "markdown_table", "metadata_of", "open_source", "open_weights", "remove_leftovers",
-    "replace_file_atomically", "replace_folder_atomically", "save", "stored_names", "tensor_digest", "tied_names",
-    "verify_checkpoint", "write_atomically",
+    "ResizedSource", "SafetensorsSource", "SmileMetadata", "Source", "StateDictSource", "as_yaml",
+    "check_writable_folder", "existing_path", "export_adapters", "export_expert", "hub_folder", "is_checkpoint",
+    "lazy_source", "load", "local_path", "markdown_table", "metadata_of", "open_source", "open_weights",
+    "remove_leftovers", "replace_file_atomically", "replace_folder_atomically", "save", "stored_names",
+    "tensor_digest", "tied_names", "verify_checkpoint", "write_atomically",
 ]  # fmt: skip
 __getattr__ = lazy_names(__name__, {
     "adapter_source": ("AdapterSource",),
@@ -62,6 +63,7 @@ __getattr__ = lazy_names(__name__, {
         "tensor_digest", "tied_names",
     ),
     "tables": ("markdown_table",),
+    "text": ("as_yaml",),
     "transformers_hook": ("metadata_of",),
     "verification": ("verify_checkpoint",),
     "weight_files": ("ADAPTER_CONFIG", "MODEL_FILES", "open_weights"),

@@ -71,8 +71,7 @@ def model_folder(name: str | os.PathLike[str]) -> Path:
         try:  # first, so that the weights are those of the same commit
             snapshot_download(str(name), allow_patterns=list(COMPANIONS))
         except Exception as error:  # no such model, no permission, no network and nothing in the cache
-            problem = f"{name} is no folder, and can't be downloaded from the hub: {shortened(error)}"
-            raise PlanError(f"{problem}; correct the name") from error
+            raise _not_downloaded(str(name), error) from error
         folder = hub_folder(str(name))
     if not folder.is_dir():
         raise PlanError(f"{name} is a file: give the folder of the pretrained model, with its config.json")
@@ -100,5 +99,9 @@ def _download(name: str, file: str) -> Path | None:
     except EntryNotFoundError:
         return None
     except Exception as error:  # no such model, no permission, a full disk
-        problem = f"{name} is no folder, and can't be downloaded from the hub: {shortened(error)}"
-        raise PlanError(f"{problem}; correct the name") from error
+        raise _not_downloaded(name, error) from error
+
+
+def _not_downloaded(name: str, error: Exception) -> PlanError:
+    problem = f"{name} is no folder, and can't be downloaded from the hub: {shortened(error)}"
+    return PlanError(f"{problem}; correct the name")

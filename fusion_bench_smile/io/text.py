@@ -1,6 +1,9 @@
 """Text of unknown origin as one line, for messages and tables."""
 
 import unicodedata
+from typing import Any
+
+import yaml
 
 TEXT_LENGTH = 200  # characters
 
@@ -27,3 +30,8 @@ def _printable_character(character: str) -> str:
         return character
     space = unicodedata.category(character) == "Zs"
     return " " if space else character.encode("unicode_escape").decode("ascii")
+
+
+def as_yaml(value: Any) -> str:
+    """A value as it is written on a command line."""
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()

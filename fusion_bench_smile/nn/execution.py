@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .layout import is_uniform
 from .merged_weights import Parameters, merge
-from .scoring import expert_norms, is_traced, project_on_router, routing_weights, select_experts
+from .scoring import expert_norms, is_autocast, is_traced, project_on_router, routing_weights, select_experts
 
 if TYPE_CHECKING:
     from .routed import RoutedLayer
@@ -66,7 +66,7 @@ def by_token(layer: RoutedLayer, x: Tensor) -> Tensor:
         return masked(layer, x, output, None, uniform)
     scores = expert_norms(projections, layer.layout.gate_ranks)
     layer.call_routing_hooks(x, scores)
-    if is_one_token(layer, x) and (layer.smile_config.top_k == 1 or not torch.is_grad_enabled()):
+    if is_one_token(layer, x):
         return one_token(layer, x, output, projections, scores)
     if grouping_pays(layer, x):
         return grouped(layer, x, output, projections, scores)
@@ -99,10 +99,7 @@ def merged_parameters(layer: RoutedLayer, x: Tensor, state: RoutingState) -> Par
 
 def _sum_is_exact(layer: RoutedLayer, x: Tensor) -> bool:
     """Whether weights are added and multiplied in float32 at least; otherwise deltas would be lost in the rounding."""
-    if layer.weight.dtype not in (torch.float32, torch.float64):
-        return False
-    device_type = x.device.type
-    return not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type))
+    return layer.weight.dtype in (torch.float32, torch.float64) and not is_autocast(x.device.type)
 
 
 def grouping_pays(layer: RoutedLayer, x: Tensor) -> bool:
@@ -121,8 +118,13 @@ def grouping_pays(layer: RoutedLayer, x: Tensor) -> bool:
 
 
 def is_one_token(layer: RoutedLayer, x: Tensor) -> bool:
-    """Whether an input (…, in) is one token whose experts can be read without waiting for a device."""
+    """Whether an input (…, in) is one token whose experts and their weights can be read as numbers.
+
+    A device would have to be waited for, and gradients reach the weights of several experts.
+    """
     if not layer.can_group_tokens or layer.smile_config.execution != "auto":
+        return False
+    if layer.smile_config.top_k > 1 and torch.is_grad_enabled():
         return False
     return x.device.type == "cpu" and x.numel() == x.shape[-1] and not is_traced()
 

@@ -52,9 +52,12 @@ def project_rows(layer: RoutedLayer, x: Tensor, rows: Tensor) -> Tensor:
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """A context without autocast; it costs nothing where there is none."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else nullcontext()
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a type of device; some, such as meta, have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def is_traced() -> bool:
