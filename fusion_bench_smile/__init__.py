@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from .framework.method import SmileUpscalingAlgorithm
     from .io import export_adapters, export_expert, load, metadata_of, save, verify_checkpoint
     from .nn import RoutedLayer, SmileLinear, as_expert, choose_experts, record_choices, record_routing, use_experts
+    from .serving import RequestRouter
 
 __all__ = [
-    "CheckpointError", "ConfigError", "FactorCache", "PlanError", "RoutedLayer", "SmileConfig", "SmileError",
-    "SmileLinear", "SmileUpscalingAlgorithm", "__version__", "add_expert", "as_expert", "calibrate", "choose_experts",
-    "dequantize", "export_adapters", "export_expert", "load", "metadata_of", "plan_upscaling", "record_choices",
-    "record_routing", "remove_expert", "save", "upscale", "upscale_to_folder", "use_experts", "verify_checkpoint",
+    "CheckpointError", "ConfigError", "FactorCache", "PlanError", "RequestRouter", "RoutedLayer", "SmileConfig",
+    "SmileError", "SmileLinear", "SmileUpscalingAlgorithm", "__version__", "add_expert", "as_expert", "calibrate",
+    "choose_experts", "dequantize", "export_adapters", "export_expert", "load", "metadata_of", "plan_upscaling",
+    "record_choices", "record_routing", "remove_expert", "save", "upscale", "upscale_to_folder", "use_experts",
+    "verify_checkpoint",
 ]  # fmt: skip
 __getattr__ = lazy_names(__name__, {
     "config": ("SmileConfig",),
@@ -51,6 +53,7 @@ __getattr__ = lazy_names(__name__, {
     "nn": (
         "RoutedLayer", "SmileLinear", "as_expert", "choose_experts", "record_choices", "record_routing", "use_experts",
     ),
+    "serving": ("RequestRouter",),
 })  # fmt: skip
 HOOK, MODELING = f"{__name__}.io.transformers_hook", "transformers.modeling_utils"
 

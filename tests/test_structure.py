@@ -25,8 +25,8 @@ from structure import (
 LIBRARY = ROOT / "fusion_bench_smile"
 # a folder or module of the library imports those with a smaller number, and itself
 ORDER = {
-    "_lazy": 0, "_version": 0, "exceptions": 0, "config": 1, "nn": 2, "io": 3, "construction": 4, "reports": 5,
-    "analysis": 6, "leaderboard": 6, "framework": 7,
+    "_lazy": 0, "_version": 0, "exceptions": 0, "config": 1, "nn": 2, "io": 3, "construction": 4, "serving": 4,
+    "reports": 5, "analysis": 6, "leaderboard": 6, "framework": 7,
 }  # fmt: skip
 FRAMEWORK_PACKAGES = {"fusion_bench", "hydra", "lightning", "omegaconf"}
 USERS = {"zoo": ROOT / "zoo", "recipes": ROOT / "zoo", "studies": ROOT}  # area → folder on the import path

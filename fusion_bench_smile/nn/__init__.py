@@ -2,7 +2,15 @@
 
 from .attachment import attach_router, deciding_module, detach_router, entry_points, router_of
 from .attention import SplitMultiheadAttention, split_attention
-from .energy import RIDGE, SCORED_ROWS, energy_shares, router_singular_values, routing_features, token_energies
+from .energy import (
+    RIDGE,
+    SCORED_ROWS,
+    energy_shares,
+    num_scored_rows,
+    router_singular_values,
+    routing_features,
+    token_energies,
+)
 from .execution import InputGroups
 from .input_router import ROUTER_NAME, InputRouter, num_scored
 from .inspection import (
@@ -32,9 +40,9 @@ __all__ = [
     "RoutingEvent", "RoutingState", "SmileConv1D", "SmileConv2d", "SmileLinear", "SplitMultiheadAttention",
     "as_expert", "attach_router", "choose_experts", "count_bytes", "count_parameters", "deciding_module",
     "dequantized", "detach_router", "energy_shares", "entry_points", "expert_norms", "layers_with_router",
-    "mean_over_tokens", "merge", "num_scored", "observe_routing", "plain_type_of", "project_on_router",
-    "quantize_groups", "quantize_rows", "record_choices", "record_routing", "routed_layers", "routed_type_of",
-    "router_of", "router_scores", "router_singular_values", "routing_features", "routing_statistics",
-    "routing_weights", "row_size", "select_experts", "split_attention", "store_tensors", "token_energies",
-    "use_experts", "weight_by_expert",
+    "mean_over_tokens", "merge", "num_scored", "num_scored_rows", "observe_routing", "plain_type_of",
+    "project_on_router", "quantize_groups", "quantize_rows", "record_choices", "record_routing", "routed_layers",
+    "routed_type_of", "router_of", "router_scores", "router_singular_values", "routing_features",
+    "routing_statistics", "routing_weights", "row_size", "select_experts", "split_attention", "store_tensors",
+    "token_energies", "use_experts", "weight_by_expert",
 ]  # fmt: skip

@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from .routed import RoutedLayer
 
 RIDGE = 0.03  # added to the diagonal of the Gram matrix GGᵀ, which is 1
-SCORED_ROWS = 16  # of each expert, the leading ones: with more, fewer inputs find their expert, and each costs time
+# Of each expert, the leading ones: with more, fewer inputs find their expert first, and each costs time. Many experts
+# share directions, and need more of them (docs/dinov2_results.md, fourteen tasks).
+SCORED_ROWS, SCORED_ROWS_PER_EXPERT = 16, 2
+
+
+def num_scored_rows(num_experts: int) -> int:
+    """The number of router rows of each expert, at most, that score whole inputs without calibration."""
+    return max(SCORED_ROWS, SCORED_ROWS_PER_EXPERT * num_experts)
 
 
 def energy_shares(layer: RoutedLayer, x: Tensor, rows: int | None = SCORED_ROWS) -> Tensor | None:

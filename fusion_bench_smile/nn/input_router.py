@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import SmileConfig
 from .attribution import LayerInputs, find_token_layers, first_input, log_token_layers
-from .energy import SCORED_ROWS
+from .energy import num_scored_rows
 from .execution import InputGroups
 from .merged_weights import MergedWeights
 from .prototypes import Prototypes
@@ -117,7 +117,7 @@ class InputRouter(nn.Module):
     @property
     def scored_rows(self) -> int | None:
         """The number of router rows of each expert, at most, that score whole inputs; None is all."""
-        return SCORED_ROWS if self.prototypes is None else self.prototypes.rows
+        return num_scored_rows(len(self.experts)) if self.prototypes is None else self.prototypes.rows
 
     # -- the questions of the layers
 
@@ -234,13 +234,13 @@ class InputRouter(nn.Module):
         self, state: RoutingState, module: nn.Module, forward: Forward, call: inspect.BoundArguments
     ) -> None:  # fmt: skip
         """Score the inputs of a call in a first pass, up to the last layer that is needed, and choose their experts."""
-        state.awaited = set(self._scored_layers())
+        state.awaited = set(self.scored_layers())
         state.can_end_early = can_be_interrupted(module)
         state.is_trained = torch.is_grad_enabled()
         self._run_first_pass(state, forward, call)
         choose_for_all_layers(state, self.smile_config, len(self.experts), self.prototypes)
 
-    def _scored_layers(self) -> list[RoutedLayer]:
+    def scored_layers(self) -> list[RoutedLayer]:
         """The layers that score inputs: the first two thirds, or as many as the prototypes were fitted to."""
         layers = [layer for layer in self.layers if layer not in self.token_layers]
         if self.prototypes is None:

@@ -10,12 +10,14 @@ from conftest import clip_tower, experts_of
 from layers import RAGGED, UNIFORM, random_layer
 from torch import nn
 
-from fusion_bench_smile import upscale
+from fusion_bench_smile import SmileConfig, upscale
 from fusion_bench_smile.nn import (
     RIDGE,
     SCORED_ROWS,
+    InputRouter,
     RoutedLayer,
     energy_shares,
+    num_scored_rows,
     router_singular_values,
     routing_features,
     token_energies,
@@ -99,3 +101,9 @@ def test_token_energies_are_positive():
     assert energies.shape == (4, 1)
     torch.testing.assert_close(energies[1:, 0], x[1:].square().sum(-1))
     assert energies[0] > 0
+
+
+@pytest.mark.parametrize(("experts", "rows"), [(1, 16), (8, 16), (9, 18), (14, 28), (20, 40)])
+def test_many_experts_are_scored_by_more_rows(experts: int, rows: int) -> None:
+    assert num_scored_rows(experts) == rows
+    assert InputRouter(SmileConfig(routing_scope="input"), [str(index) for index in range(experts)]).scored_rows == rows
