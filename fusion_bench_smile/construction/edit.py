@@ -12,7 +12,7 @@ from ..exceptions import PlanError
 from ..io import ExpertSource, SmileMetadata, metadata_of
 from ..io.metadata import describe_model
 from ..io.names import check_expert_names
-from ..io.transformers_hook import attach_metadata
+from ..io.transformers_hook import attach_metadata, stored_metadata_of
 from ..nn import DENSE, detach_router, routed_layers, router_of
 from ..nn.attention import replace_modules
 from .assemble import replace_layers, set_routing
@@ -32,7 +32,7 @@ def add_expert(model: nn.Module, expert: ExpertSource, name: str) -> nn.Module:
             averages, or it was built with one expert, without the directions that its router needs.
         CheckpointError: The model was not made by `upscale`.
     """
-    metadata = metadata_of(model)
+    metadata = stored_metadata_of(model)
     _check_editable(metadata)
     check_expert_names([name])
     if name in metadata.experts:
@@ -62,7 +62,7 @@ def remove_expert(model: nn.Module, name: str) -> nn.Module:
         ConfigError: Fewer experts than `top_k` would remain.
         CheckpointError: The model was not made by `upscale`.
     """
-    metadata = metadata_of(model)
+    metadata = stored_metadata_of(model)
     _check_editable(metadata)
     if name not in metadata.experts:
         raise PlanError(f"there is no expert {name!r}; the experts are: {', '.join(metadata.experts)}")

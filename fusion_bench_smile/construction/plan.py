@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..config import SmileConfig, Storage
 from ..exceptions import ConfigError, PlanError
 from ..nn import DENSE, RoutedLayer, count_bytes, count_parameters, routed_type_of, row_size
+from ..nn.compatibility import wrapped_weight
 from ..nn.sparsity import num_kept
 from .bounds import ExpertBounds
 from .layer_selection import candidate_layers, select_layers
@@ -242,6 +243,8 @@ def make_plan(pretrained: nn.Module, num_experts: int, config: SmileConfig) -> P
         raise PlanError("no experts: give at least one fine-tuned model beside the pretrained one")
     if config.top_k > num_experts:
         raise ConfigError(f"top_k={config.top_k} is more than the {num_experts} experts there are")
+    if problem := wrapped_weight(pretrained):
+        raise PlanError(f"{problem}, whose delta can't be computed: upscale the model first, and quantize it then")
     for name, parameter in pretrained.named_parameters():
         if not parameter.is_meta:  # otherwise it is checked when it is read
             check_finite(parameter, name, "the pretrained model")

@@ -33,9 +33,9 @@ from .transformers_hook import (
     attach_metadata,
     folder_version,
     mark_checkpoint,
-    metadata_of,
     prepare_model,
     read_metadata,
+    stored_metadata_of,
 )
 from .verification import verify_checkpoint
 
@@ -55,7 +55,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> None:
     Raises:
         CheckpointError: The folder cannot be written, or the model was not made by `upscale`.
     """
-    metadata = metadata_of(model)
+    metadata = stored_metadata_of(model)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     with replace_folder_atomically(Path(path), carry=is_companion) as folder:

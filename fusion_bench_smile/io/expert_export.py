@@ -19,7 +19,7 @@ from ..nn.routed import EXPERT_TENSORS, RoutedLayer, routed_layers
 from .atomic import replace_folder_atomically
 from .checkpoint import OWN_FILES, copy_companions, is_companion, local_folder
 from .safetensors_source import WEIGHTS_FILE
-from .transformers_hook import metadata_of
+from .transformers_hook import stored_metadata_of
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def export_expert(model: nn.Module, name: str, folder: str | os.PathLike[str]) -
             the class computes otherwise without tied embeddings (T5).
         CheckpointError: The model was not made by `upscale`, or nothing can be written.
     """
-    metadata = metadata_of(model)
+    metadata = stored_metadata_of(model)
     if name not in metadata.experts:
         raise PlanError(f"there is no expert {name!r}; the experts are: {', '.join(metadata.experts)}")
     if split := split_names(model):

@@ -17,7 +17,7 @@ from ..nn.layout import DENSE
 from ..nn.routed import RoutedLayer, routed_layers
 from .atomic import replace_folder_atomically
 from .checkpoint import is_companion
-from .transformers_hook import metadata_of
+from .transformers_hook import stored_metadata_of
 
 PREFIX = "base_model.model."
 
@@ -40,7 +40,7 @@ def export_adapters(
             which no LoRA adapter expresses; it is named. With `equal_ranks` also where an expert changed a bias.
         CheckpointError: The model was not made by `upscale`, or nothing can be written.
     """
-    experts, layers = metadata_of(model).experts, routed_layers(model)
+    experts, layers = stored_metadata_of(model).experts, routed_layers(model)
     for name, layer in layers.items():
         if isinstance(model.get_submodule(name.rpartition(".")[0]), SplitMultiheadAttention):
             raise PlanError(f"{name} belongs to attention, in which PEFT would ignore it; upscale without this layer")

@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..exceptions import CheckpointError, PlanError
 from ..nn.attachment import attach_router
 from ..nn.attention import replace_modules, split_in_place, splittable
-from ..nn.compatibility import read_layers
+from ..nn.compatibility import read_layers, wrapped_weight
 from ..nn.input_router import InputRouter
 from ..nn.layer_types import SmileLinear, plain_type_of, routed_type_of
 from ..nn.prototypes import Prototypes
@@ -269,6 +269,17 @@ def metadata_of(model: nn.Module) -> SmileMetadata:
         metadata = section.metadata if isinstance(section, SmileQuantizationConfig) else None
     if not isinstance(metadata, SmileMetadata):
         raise CheckpointError(f"this {type(model).__name__} was not made by upscale(); there is no SMILE model to save")
+    return metadata
+
+
+def stored_metadata_of(model: nn.Module) -> SmileMetadata:
+    """The metadata of an upscaled model that can be stored or taken apart; see `metadata_of`.
+
+    Raises CheckpointError also for a weight that was quantized afterwards.
+    """
+    metadata = metadata_of(model)
+    if problem := wrapped_weight(model):
+        raise CheckpointError(f"{problem}, which can't be stored or changed: do this before the model is quantized")
     return metadata
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 # methods that run before or beside a forward pass
@@ -54,6 +54,17 @@ def has_other_parametrization(module: nn.Module) -> bool:
     """Whether the weight of a module is computed from other parameters: weight norm, spectral norm and the like."""
     hooks = (type(hook).__name__ for hook in module._forward_pre_hooks.values())
     return parametrize.is_parametrized(module) or any(name in WEIGHT_HOOKS for name in hooks)
+
+
+def is_wrapped(weight: Tensor) -> bool:
+    """Whether a weight is of a class outside torch, such as a quantized tensor of torchao, which stores no sums."""
+    return type(weight).__module__.partition(".")[0] != "torch"
+
+
+def wrapped_weight(model: nn.Module) -> str | None:
+    """The first parameter of a model that is of a class outside torch, with that class; None without one."""
+    wrapped = ((name, p) for name, p in model.named_parameters() if is_wrapped(p))
+    return next((f"{name} is of class {type(parameter).__name__}" for name, parameter in wrapped), None)
 
 
 def scope_problem(model: nn.Module, layers: list[str]) -> str | None:

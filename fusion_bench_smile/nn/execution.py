@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compatibility import is_wrapped
 from .layout import is_uniform
 from .merged_weights import Parameters, merge
 from .scoring import expert_norms, is_autocast, is_traced, project_on_router, routing_weights, select_experts
@@ -99,7 +100,8 @@ def merged_parameters(layer: RoutedLayer, x: Tensor, state: RoutingState) -> Par
 
 def _sum_is_exact(layer: RoutedLayer, x: Tensor) -> bool:
     """Whether weights are added and multiplied in float32 at least; otherwise deltas would be lost in the rounding."""
-    return layer.weight.dtype in (torch.float32, torch.float64) and not is_autocast(x.device.type)
+    dtype = layer.weight.dtype
+    return dtype in (torch.float32, torch.float64) and not is_wrapped(layer.weight) and not is_autocast(x.device.type)
 
 
 def grouping_pays(layer: RoutedLayer, x: Tensor) -> bool:
