@@ -90,5 +90,7 @@ def test_what_needs_the_weights_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=line):
             action()
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(PlanError, match=r"is of class Int8Tensor, whose delta can't be computed: upscale the model first"):
+    with pytest.raises(
+        PlanError, match=r"is of class Int8Tensor, whose delta can't be computed: upscale the model first"
+    ):
         upscale(quantized(base), experts_of(clip_tower()), gate_k=2, k=4)
