@@ -1,13 +1,18 @@
 """Measure the language benchmark: SMILE by routing and storage, other methods, and how well prompts name their task.
 
-python -m studies.smollm2 docs/smollm2_results.md
+python -m studies.smollm2 FOLDER docs/smollm2_results.md
+
+Rows are kept in FOLDER; a command that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,12 +24,23 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from fusion_bench_smile import calibrate, choose_experts, upscale
+from fusion_bench_smile.io import write_atomically
 from fusion_bench_smile.nn import count_bytes
 from fusion_bench_smile.reports import markdown_table
-from smile_zoo.smollm2 import EXPERTS, METRICS, Kind, Split, load_examples, load_expert, load_pretrained, load_tokenizer
+from recipes.common.packages import cached
+from smile_zoo.smollm2 import (
+    EXPERTS,
+    KINDS,
+    METRICS,
+    Kind,
+    Split,
+    load_examples,
+    load_expert,
+    load_pretrained,
+    load_tokenizer,
+)
 from smile_zoo.smollm2.task_pool import GenerationTaskPool
 from studies import rivals
-from studies.images import run
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +51,16 @@ BLOCKS = 5  # the probe sees the hidden states before every fifth block
 BY_INPUT: dict[str, Any] = {"routing_scope": "input", "top_k": 2}
 RANKED: dict[str, dict[str, Any]] = {
     "8/8": {"gate_k": None, "k": 8}, "16/16, int4": {"gate_k": None, "k": 16, "storage": "int4"},
-    "8 rows, 2 % of the entries, int4": {"gate_k": 8, "k": -1, "density": 0.02, "storage": "int4"},
 }  # fmt: skip
+TITLES: dict[Kind, str] = {"full": "Full fine-tuning, four tasks", "lora": "LoRA of rank 8, eight tasks"}
+PROBE = "individual models, chosen by the probe"
 
 HEADER = f"""# Measurements of the language benchmark
 
-Written by `python -m studies.smollm2 docs/smollm2_results.md`: scores on the test split (200 prompts of each task),
-retention relative to the individual models, in percent, and the bytes of the whole model relative to the pretrained
-one in float32. *Calibrated* rows have seen {CALIBRATION} unlabelled prompts of each task. *Task known* marks methods
-that are told which expert serves a prompt.
+Written by `python -m studies.smollm2 FOLDER docs/smollm2_results.md`: scores on the test split (200 prompts of each
+task), retention relative to the individual models, in percent, and the bytes of the whole model relative to the
+pretrained one in float32. *Calibrated* rows have seen {CALIBRATION} unlabelled prompts of each task. *Task known* marks
+methods that are told which expert serves a prompt.
 """
 NAMED = f"""\
 How well a prompt names its task: the share of prompts, in percent, whose task comes first, and is among the first two.
@@ -135,67 +152,115 @@ def named_shares(weights: Mapping[str, Tensor]) -> dict[str, float]:
 # -- the tables
 
 
-def measure(kind: Kind) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores, retention and bytes of each method (rows), and how well prompts name their task (rows)."""
-    pretrained, tasks = load_pretrained().eval(), EXPERTS[kind]
-    experts: dict[str, nn.Module] = {task: load_expert(task, kind).eval() for task in tasks}
-    table: dict[str, tuple[pd.Series, float]] = {}
-    named: dict[str, dict[str, float]] = {}
+@dataclass(frozen=True)
+class Row:
+    """The measurements of one method.
 
-    def add(name: str, values: pd.Series, size: float) -> None:
-        table[name] = values, size
-        log.info("%s, %s: %.1f", kind, name, values.mean())
+    Attributes:
+        scores: In percent, for each task.
+        size: Bytes relative to the pretrained model.
+        named: The shares of prompts whose task it names, if it names one; see `named_shares`.
+    """
 
-    def size(model: nn.Module) -> float:
-        return count_bytes(model) / count_bytes(pretrained)
-
-    def score(model: nn.Module) -> pd.Series:
-        return scores(dict.fromkeys(tasks, model))
-
-    add("individual", scores(experts), len(experts))
-    add("pretrained", score(pretrained), 1)
-    if kind == "full":  # the framework's methods need 17 GB for four experts
-        for method in rivals.MERGING:
-            add(method, score(rivals.merged(pretrained, experts, method)), 1)
-        masks = 2 + len(experts) / 32  # an elected vector, and one bit a parameter for each task
-        add("EMR-Merging, task known", scores(rivals.emr(pretrained, experts)), masks)
-    for label in ("8/8", "16/16, int4"):
-        model = upscale(pretrained, experts, **RANKED[label])
-        add(f"token (the paper), {label}", score(model), size(model))
-    for label, ranks in RANKED.items():
-        model = upscale(pretrained, experts, **ranks, **BY_INPUT)
-        add(f"input, {label}", score(model), size(model))
-        named[f"input, {label}"] = named_shares(weights_of_prompts(model, tasks))
-        calibrate(model, {task: list(prompt_batches(task, "train", CALIBRATION)) for task in tasks})
-        add(f"calibrated, {label}", score(model), size(model))
-        named[f"calibrated, {label}"] = named_shares(weights_of_prompts(model, tasks))
-    single = {task: upscale(pretrained, {task: expert}, k=8) for task, expert in experts.items()}
-    add("own expert, k=8, task known", scores(single), 1 + sum(size(model) - 1 for model in single.values()))
-    guessed = probe(pretrained, tasks)
-    named["probe"] = named_shares(guessed)
-    best = {task: values.argmax(dim=-1) for task, values in guessed.items()}
-    add("individual models, chosen by the probe", scores_of_choice(experts, best), len(experts))
-    return _with_retention(table), pd.DataFrame(named).T
+    scores: pd.Series
+    size: float
+    named: dict[str, float] | None = None
 
 
-def _with_retention(rows: Mapping[str, tuple[pd.Series, float]]) -> pd.DataFrame:
-    table = pd.DataFrame({name: values for name, (values, _) in rows.items()}).T
+class Benchmark:
+    """The rows of one kind of experts: each is measured by a method, or by the function of it that `rows` names."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind, self.pretrained, self.tasks = kind, load_pretrained().eval(), EXPERTS[kind]
+        self.experts: dict[str, nn.Module] = {task: load_expert(task, kind).eval() for task in self.tasks}
+
+    @property
+    def rows(self) -> dict[str, Callable[[], Row]]:
+        """Name → how the row is measured."""
+        rows = {
+            "individual": lambda: Row(scores(self.experts), len(self.experts)),
+            "pretrained": lambda: Row(self._scores(self.pretrained), 1),
+        }
+        if self.kind == "full":  # the framework's methods need 17 GB for four experts
+            rows |= {name: partial(self.merged, name) for name in rivals.MERGING}
+            rows["EMR-Merging, task known"] = self.emr
+        for label, ranks in RANKED.items():
+            rows[f"token (the paper), {label}"] = partial(self.smile, **ranks)
+            rows[f"input, {label}"] = partial(self.smile, **ranks, **BY_INPUT)
+            rows[f"calibrated, {label}"] = partial(self.smile, calibrated=True, **ranks, **BY_INPUT)
+        return rows | {"own expert, k=8, task known": self.oracle, PROBE: self.chosen_by_probe}
+
+    def merged(self, method: str) -> Row:
+        """A merging method of the framework."""
+        return Row(self._scores(rivals.merged(self.pretrained, self.experts, method)), 1)
+
+    def emr(self) -> Row:
+        """EMR-Merging: an elected vector, and one bit a parameter for each task."""
+        return Row(scores(rivals.emr(self.pretrained, self.experts)), 2 + len(self.experts) / 32)
+
+    def smile(self, calibrated: bool = False, **options: Any) -> Row:
+        """SMILE with some options."""
+        model = upscale(self.pretrained, self.experts, **options)
+        if calibrated:
+            calibrate(model, {task: list(prompt_batches(task, "train", CALIBRATION)) for task in self.tasks})
+        by_input = options.get("routing_scope") == "input"
+        named = named_shares(weights_of_prompts(model, self.tasks)) if by_input else None
+        return Row(self._scores(model), self._size(model), named)
+
+    def oracle(self) -> Row:
+        """Each expert in low rank on its own task, without a router."""
+        single = {task: upscale(self.pretrained, {task: expert}, k=8) for task, expert in self.experts.items()}
+        return Row(scores(single), 1 + sum(self._size(model) - 1 for model in single.values()))
+
+    def chosen_by_probe(self) -> Row:
+        """The individual models, one for each prompt, chosen by a probe of labelled prompts."""
+        guessed = probe(self.pretrained, self.tasks)
+        best = {task: values.argmax(dim=-1) for task, values in guessed.items()}
+        return Row(scores_of_choice(self.experts, best), len(self.experts), named_shares(guessed))
+
+    def _scores(self, model: nn.Module) -> pd.Series:
+        return scores(dict.fromkeys(self.tasks, model))
+
+    def _size(self, model: nn.Module) -> float:
+        return count_bytes(model) / count_bytes(self.pretrained)
+
+
+def measure(root: Path, kind: Kind) -> dict[str, Row]:
+    """The rows of one kind of experts; those that are below `root` are read."""
+    benchmark, results = Benchmark(kind), {}
+    for name, row in benchmark.rows.items():
+        file = root / kind / f"{name.replace('/', '-')}.pkl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        results[name] = cached(file, row)
+        log.info("%s, %s: %.1f", kind, name, results[name].scores.mean())
+    return results
+
+
+def _table(rows: Mapping[str, Row]) -> pd.DataFrame:
+    """Scores, retention and bytes of each method (rows)."""
+    table = pd.DataFrame({name: row.scores for name, row in rows.items()}).T
     average = table.mean(axis=1)
     retention = 100 * average / average["individual"]
-    return table.assign(average=average, retention=retention, bytes=[f"{size:.3f}×" for _, size in rows.values()])
+    return table.assign(average=average, retention=retention, bytes=[f"{row.size:.3f}×" for row in rows.values()])
 
 
-def report() -> str:
-    """All measurements as Markdown."""
+def main() -> None:
+    """Measure, and write the report into the file of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of the rows that were measured")
+    parser.add_argument("file", type=Path, help="file of the report, in Markdown")
+    arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     log.setLevel(logging.INFO)
     lines = [HEADER]
-    for kind, title in (("full", "Full fine-tuning, four tasks"), ("lora", "LoRA, eight tasks")):
-        table, named = measure(kind)  # type: ignore[arg-type]
-        lines += [f"## {title}", "", markdown_table(table, 1, index=True), ""]
+    for kind in KINDS:
+        rows = measure(arguments.folder, kind)
+        named = pd.DataFrame({name: row.named for name, row in rows.items() if row.named}).T
+        lines += [f"## {TITLES[kind]}", "", markdown_table(_table(rows), 1, index=True), ""]
         lines += [NAMED, markdown_table(named, 1, index=True), ""]
-    return "\n".join(lines)
+        write_atomically(arguments.file, "\n".join(lines))
+    print(arguments.file)
 
 
 if __name__ == "__main__":
-    run(report, __doc__)
+    main()

@@ -37,3 +37,16 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path: Path) -> None:
 
 def test_the_table_of_options_is_up_to_date() -> None:
     assert (REPOSITORY / "docs" / "options.md").read_text() == options.page()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "studies/README.md", "zoo/README.md"])
+def test_links_to_files_of_the_repository_exist(page: str) -> None:
+    """The pages in docs/ are checked by ``mkdocs build --strict``."""
+    file = REPOSITORY / page
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", file.read_text())
+    missing = [target for target, _ in links if target and not (file.parent / target).exists()]
+    assert not missing
+    for target, anchor in links:
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", (file.parent / target).read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
