@@ -3,7 +3,7 @@
 python examples/own_checkpoints.py FOLDER      # about two minutes on two cores; the cells also run in a notebook
 """
 
-# %% Two checkpoints, fine-tuned here: DINOv2-small on 300 images of emoji and of flags, with a fixed head
+# %% Two checkpoints, fine-tuned here: DINOv2-small on 300 images of counts and of flags, with a fixed head
 import sys
 from pathlib import Path
 
@@ -44,23 +44,23 @@ def accuracy(model: Dinov2Model, task: str) -> float:
 
 
 load_pretrained().save_pretrained(folder / "dinov2")
-for task in ("digits", "flags"):
+for task in ("counts", "flags"):
     expert = fine_tuned(task)
     expert.save_pretrained(folder / task)
     print(f"{task}: {accuracy(load_pretrained(), task):.1%} pretrained, {accuracy(expert, task):.1%} fine-tuned")
 
 # %% One model of both, layer by layer from files to files
 smile.upscale_to_folder(
-    folder / "dinov2", {"digits": folder / "digits", "flags": folder / "flags"}, folder / "smile",
+    folder / "dinov2", {"counts": folder / "counts", "flags": folder / "flags"}, folder / "smile",
     smile.SmileConfig(gate_k=None, k=16, storage="int4", routing_scope="input", top_k=2),
 )  # fmt: skip
 
 # %% An ordinary checkpoint: evaluated, and asked which expert serves an image
 model = Dinov2Model.from_pretrained(folder / "smile").eval()
-for task in ("digits", "flags"):
+for task in ("counts", "flags"):
     print(f"{task}: {accuracy(model, task):.1%} SMILE")
 router = smile.RequestRouter.from_pretrained(folder / "smile", processor=load_processor())
-for task in ("digits", "flags"):
+for task in ("counts", "flags"):
     (route,) = router.route(load_images(task)[:1]["image"])
     print(f"an image of {task}: {route.expert}, confidence {route.confidence:.2f}")
 

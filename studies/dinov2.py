@@ -116,7 +116,7 @@ def served_by(model: nn.Module) -> Serve:
 def smile(pretrained: nn.Module, experts: Mapping[str, nn.Module], calibrated: bool = False, **options: Any) -> Method:
     """SMILE with some options."""
     if calibrated or options.pop("by_input", False):
-        options |= {"routing_scope": "input", "top_k": 2}
+        options = {"routing_scope": "input", "top_k": 2} | options
     model = upscale(pretrained, experts, calibration=CALIBRATION * calibrated, **options)
     if calibrated:
         calibrate(model, {task: [load_inputs(task)[:CALIBRATION]] for task in experts})
@@ -185,6 +185,9 @@ ENTRIES: dict[str, Entry] = {
     **{f"input, {k}/{k}": Entry("input", ranked(None, k, by_input=True), EIGHT) for k in (8, 32)},
     "input, 16/16, int4": Entry("input", ranked(None, 16, by_input=True, storage="int4")),
     "input, 32/32, int4": Entry("input", ranked(None, 32, by_input=True, storage="int4")),
+    "input, top_k=3, 32/32, int4": Entry(
+        "input", ranked(None, 32, by_input=True, top_k=3, storage="int4"), ("fourteen",)
+    ),
     "input, 64/64, int4": Entry("input", ranked(None, 64, by_input=True, storage="int4"), EIGHT),
     "input, 8 rows, 2 % of the entries, int4": Entry("input", partial(smile, gate_k=8, by_input=True, **DROPPED)),
     "calibrated, 8/8": Entry("calibrated", ranked(None, 8, calibrated=True), EIGHT),
