@@ -4,8 +4,8 @@
     python benchmarks/scopes.py --device cuda --dtype bfloat16
 
 All models process the same images in turn; the ratios are medians of paired rounds. `FRAMEWORK` is the framework's own
-SMILE. The multiply-adds of router and experts alone, at the speed of the plain model, are in the column *bound*; they
-leave out attention.
+SMILE. The multiply-adds of router, experts and first pass, at the speed of the plain model, are in the column *bound*;
+they leave out attention, and that the experts of a batch are gathered.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from forward import add_device, seconds_of, set_up
 from torch import Tensor, nn
 
 from fusion_bench_smile import dequantize, upscale
-from fusion_bench_smile.nn import RoutedLayer, count_parameters
+from fusion_bench_smile.nn import RoutedLayer, count_parameters, num_scored_rows, routed_layers, router_of
 from smile_zoo.dinov2 import EIGHT_TASKS, load_expert, load_images, load_pretrained
 from smile_zoo.dinov2.task_pool import to_pixels
 
@@ -65,18 +65,30 @@ def build(pretrained: nn.Module, experts: Mapping[str, nn.Module], name: str) ->
 
 
 def bound(model: nn.Module) -> float:
-    """Multiply-adds for a token in the linear layers, relative to the plain model's; a first pass is left out."""
-    plain = added = 0
-    for layer in model.modules():
-        if isinstance(layer, RoutedLayer):
-            out_features, in_features = layer.weight_matrix(layer.weight).shape
-            plain += out_features * in_features
-            layout, used = layer.layout, layer.smile_config.top_k / layer.layout.num_experts
-            router = sum(layout.gate_ranks) if layer.smile_config.routing_scope == "token" else 0
-            rows = sum(layout.low_ranks) if router == 0 else sum(layout.down_ranks)
-            added += router * in_features + used * (rows * in_features + sum(layout.low_ranks) * out_features)
-            added += used * len(layout.dense_experts) * in_features * out_features
+    """Multiply-adds for a token in the linear layers, with those of the first pass, relative to the plain model's."""
+    layers = list(routed_layers(model).values())
+    plain = sum(layer.weight_matrix(layer.weight).numel() for layer in layers)
+    added = sum(map(added_products, layers))
+    if (router := router_of(model)) is not None:
+        added += sum(scoring_products(layer, num_scored_rows(len(router.experts))) for layer in router.scored_layers())
     return 1 + added / plain
+
+
+def added_products(layer: RoutedLayer) -> float:
+    """Multiply-adds for a token with the router rows, where tokens are routed, and with the experts that serve it."""
+    out_features, in_features = layer.weight_matrix(layer.weight).shape
+    layout, config = layer.layout, layer.smile_config
+    by_token, used = config.routing_scope == "token", config.top_k / layout.num_experts
+    rows = sum(layout.down_ranks if by_token else layout.low_ranks)
+    served = rows * in_features + sum(layout.low_ranks) * out_features
+    dense = len(layout.dense_experts) * in_features * out_features
+    return by_token * sum(layout.gate_ranks) * in_features + used * (served + dense)
+
+
+def scoring_products(layer: RoutedLayer, rows: int) -> int:
+    """Multiply-adds for a token in the first pass: with the plain weight, and with the leading router rows."""
+    out_features, in_features = layer.weight_matrix(layer.weight).shape
+    return in_features * (out_features + sum(min(rank, rows) for rank in layer.layout.gate_ranks))
 
 
 @torch.inference_mode()
