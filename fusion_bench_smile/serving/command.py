@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.folder, device=options.device, threshold=options.threshold, max_tokens=options.max_tokens
         )
         settings.adapter_format.format(expert="expert", base="base")
+        app = create_app(router, settings)
     except SmileError as error:
         raise SystemExit(f"error: {error}") from None
     except (KeyError, IndexError, ValueError):
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"model={settings.model_name} is one of {', '.join(router.experts)} at {settings.server}; the router holds "
         f"{router.num_bytes / 1e6:.0f} MB"
     )
-    uvicorn.run(create_app(router, settings), host=options.host, port=options.port, log_level="warning")
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route as HttpRoute
 
+from ..exceptions import ConfigError
 from .request_router import RequestRouter, Route
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,12 @@ def create_app(router: RequestRouter, settings: ProxySettings) -> Starlette:
     Args:
         router: It chooses for one request at a time, in a thread.
         settings: The server and the names of models there.
+
+    Raises:
+        ConfigError: The router chooses by images, which the requests of such a server do not have.
     """
+    if router.input_name != "input_ids":
+        raise ConfigError("the proxy chooses by texts, and this router by images: call RequestRouter.route with them")
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

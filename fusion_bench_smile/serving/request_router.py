@@ -63,17 +63,17 @@ class RequestRouter:
     def __init__(
         self, model: nn.Module, processor: Processor, *, threshold: float = 0.0, max_tokens: int | None = None
     ) -> None:
-        router, self._input_name = router_of(model), getattr(model, "main_input_name", "input_ids")
+        router, self.input_name = router_of(model), getattr(model, "main_input_name", "input_ids")
         if router is None:
             raise ConfigError("a request router needs a model with routing_scope=input: upscale it so")
-        if self._input_name not in INPUT_NAMES:
-            raise ConfigError(f"requests are texts or images, and {type(model).__name__} reads {self._input_name}")
+        if self.input_name not in INPUT_NAMES:
+            raise ConfigError(f"requests are texts or images, and {type(model).__name__} reads {self.input_name}")
         if not 0 <= threshold <= 1:
             raise ConfigError(f"threshold={threshold} is no confidence: give a number from 0 to 1")
         self.experts, self.threshold, self.max_tokens = router.experts, threshold, max_tokens
         self._router, self._module = router, keep_first_pass(model.eval(), router)
         self._processor, self._lock = deepcopy(processor), Lock()
-        if self._input_name == "input_ids":
+        if self.input_name == "input_ids":
             self._processor.truncation_side = "left"  # a conversation ends with what is asked
             self._processor.pad_token = self._processor.pad_token or self._processor.eos_token
 
@@ -133,7 +133,7 @@ class RequestRouter:
         return "\n".join(message["content"] for message in plain)
 
     def _prepared(self, requests: Sequence[Any]) -> dict[str, torch.Tensor]:
-        if self._input_name == "pixel_values":
+        if self.input_name == "pixel_values":
             return {"pixel_values": self._processor(images=list(requests), return_tensors="pt")["pixel_values"]}
         limits = {} if self.max_tokens is None else {"truncation": True, "max_length": self.max_tokens}
         tokens = self._processor(list(requests), padding=True, return_tensors="pt", **limits)

@@ -14,10 +14,12 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from conftest import clip_tower
 from stub_server import MODELS, create_stub, serving
 from text_models import TEXTS, llama, tokenizer, upscaled
+from transformers import CLIPImageProcessor
 
-from fusion_bench_smile import RequestRouter
+from fusion_bench_smile import ConfigError, RequestRouter
 from fusion_bench_smile.serving import ProxySettings, create_app
 from fusion_bench_smile.serving.command import main
 
@@ -165,6 +167,12 @@ def test_a_name_in_the_format_of_sglang(router: RequestRouter) -> None:
     (route,) = router.route(["a"])
     settings = ProxySettings("http://server", "base", adapter_format="{base}:{expert}")
     assert settings.served_model(route) == f"base:{route.expert}"
+
+
+def test_a_router_of_images_is_refused() -> None:
+    images = RequestRouter(upscaled(clip_tower()), CLIPImageProcessor())
+    with pytest.raises(ConfigError, match="chooses by texts, and this router by images"):
+        create_app(images, ProxySettings("http://server", "base"))
 
 
 @pytest.mark.cli
