@@ -2,6 +2,7 @@
 
     python benchmarks/scopes.py                          # batches of 50 images: of one task, and of all eight
     python benchmarks/scopes.py --device cuda --dtype bfloat16
+    python benchmarks/scopes.py --compiled --only "token, 8/8"    # also with torch.compile, where tokens are routed
 
 All models process the same images in turn; the ratios are medians of paired rounds. `FRAMEWORK` is the framework's own
 SMILE. The multiply-adds of router, experts and first pass, at the speed of the plain model, are in the column *bound*;
@@ -98,12 +99,17 @@ def main() -> None:
     add_device(parser)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--only", nargs="+", choices=[*SETTINGS, FRAMEWORK], help="some of the rows")
+    parser.add_argument("--compiled", action="store_true", help="add compiled models, which take minutes to compile")
     options = parser.parse_args()
     device, dtype = set_up(options)
     pretrained, experts = load_pretrained(), {task: load_expert(task) for task in EIGHT_TASKS}
     rows = options.only or [*SETTINGS, FRAMEWORK]
     models = {"plain": pretrained, **{name: build(pretrained, experts, name) for name in rows}}
     models = {name: model.eval().to(device, dtype) for name, model in models.items()}
+    if options.compiled:
+        eager = {name: model for name, model in models.items() if router_of(model) is None and name != FRAMEWORK}
+        models |= {f"{name}, compiled": torch.compile(model) for name, model in eager.items()}
+        rows += [f"{name}, compiled" for name in eager]
     images = {task: to_pixels(load_images(task)[:BATCH]["image"]).to(device, dtype) for task in EIGHT_TASKS}
     every = torch.cat([pixels[:: len(EIGHT_TASKS)] for pixels in images.values()])[:BATCH]
     batches: dict[str, Tensor] = {"one task": images[EIGHT_TASKS[0]], "eight tasks": every}
@@ -116,7 +122,7 @@ def main() -> None:
     print(f"| gate_k/k | parameters | bound | {' | '.join(ratios)} |\n|---|---:|---:|{'---:|' * len(ratios)}")
     for name in rows:
         parameters = count_parameters(models[name]) / count_parameters(pretrained)
-        limit = "" if name == FRAMEWORK else f"{bound(models[name]):.2f}×"
+        limit = f"{bound(models[name]):.2f}×" if routed_layers(models[name]) else ""
         times = " | ".join(f"{values[name]:.2f}×" for values in ratios.values())
         print(f"| {name} | {parameters:.2f}× | {limit} | {times} |")
 
