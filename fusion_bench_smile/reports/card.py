@@ -20,7 +20,7 @@ from ..io.tables import escape_markdown, markdown_table
 from ..io.transformers_hook import read_metadata
 from .report import ReportError, RunReport
 
-HEADING = "## Results"
+START, END = "<!-- results of smile-card -->", "<!-- /results of smile-card -->"  # a person's text around them stays
 COMPARED = ("gate_k", "k", "top_k", "routing_scope", "storage", "density")  # options that a report and a model share
 
 
@@ -55,7 +55,8 @@ def complete_card(
         _check_report(report, metadata.config, metadata.experts)
         card.data.model_name = folder.resolve().name
         card.data.eval_results = _results(report, task)
-        card.text = f"{card.text.partition(HEADING)[0].rstrip()}\n\n{_section(report)}"
+        before, _, replaced = card.text.partition(START)
+        card.text = f"{before.rstrip()}\n\n{_section(report)}{replaced.partition(END)[2]}"
     write_atomically(file, str(card))
 
 
@@ -90,7 +91,8 @@ def _section(report: RunReport) -> str:
     sizes = [f"{ratio:.3f}× the {name}" for name, ratio in ratios.items() if ratio]
     size = f" {' and '.join(sizes)} of the pretrained model." if sizes else ""
     benchmark = escape_markdown(report.benchmark)
-    return f"{HEADING}\n\nBenchmark: {benchmark}.{retention}{size}\n\n{markdown_table(pd.DataFrame(rows))}\n"
+    table = markdown_table(pd.DataFrame(rows))
+    return f"{START}\n## Results\n\nBenchmark: {benchmark}.{retention}{size}\n\n{table}\n{END}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -50,6 +50,18 @@ def test_what_is_not_given_stays(folder: Path) -> None:
     assert card.text == ModelCard(before).text
 
 
+def test_sections_that_a_person_wrote_stay(folder: Path) -> None:
+    file = folder / "README.md"
+    file.write_text(f"{file.read_text()}\n## Results\n\nMine.\n")
+    complete_card(folder, report())
+    file.write_text(f"{file.read_text()}\n\n## Limits\n\nSome.\n")
+    complete_card(folder, report(average=71.0))
+    text = ModelCard.load(file).text
+    assert "## Results\n\nMine." in text
+    assert text.rstrip().endswith("## Limits\n\nSome.")
+    assert (text.count("| average |"), "71.0" in text, "70.0" in text) == (1, True, False)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
