@@ -23,7 +23,7 @@ from forward import add_device, seconds_of, set_up
 from torch import Tensor, nn
 
 from fusion_bench_smile import dequantize, upscale
-from fusion_bench_smile.nn import RoutedLayer, count_parameters, num_scored_rows, routed_layers, router_of
+from fusion_bench_smile.nn import RoutedLayer, count_parameters, routed_layers, router_of
 from smile_zoo.dinov2 import EIGHT_TASKS, load_expert, load_images, load_pretrained
 from smile_zoo.dinov2.task_pool import to_pixels
 
@@ -71,7 +71,7 @@ def bound(model: nn.Module) -> float:
     plain = sum(layer.weight_matrix(layer.weight).numel() for layer in layers)
     added = sum(map(added_products, layers))
     if (router := router_of(model)) is not None:
-        added += sum(scoring_products(layer, num_scored_rows(len(router.experts))) for layer in router.scored_layers())
+        added += sum(scoring_products(layer, router.scored_rows) for layer in router.scored_layers())
     return 1 + added / plain
 
 

@@ -28,16 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.server, options.base_model, options.model_name, options.adapter_format, options.timeout
     )
     try:
-        router = RequestRouter.from_pretrained(
-            options.folder, device=options.device, threshold=options.threshold, max_tokens=options.max_tokens
-        )
         settings.adapter_format.format(expert="expert", base="base")
-        app = create_app(router, settings)
-    except SmileError as error:
-        raise SystemExit(f"error: {error}") from None
     except (KeyError, IndexError, ValueError):
         names = "{expert} and {base}"
         raise SystemExit(f"error: --adapter-format {options.adapter_format} may use the names {names} alone") from None
+    try:
+        router = RequestRouter.from_pretrained(
+            options.folder, device=options.device, threshold=options.threshold, max_tokens=options.max_tokens
+        )
+        app = create_app(router, settings)
+    except SmileError as error:
+        raise SystemExit(f"error: {error}") from None
     print(
         f"model={settings.model_name} is one of {', '.join(router.experts)} at {settings.server}; the router holds "
         f"{router.num_bytes / 1e6:.0f} MB"
