@@ -11,7 +11,7 @@ from .energy import (
     routing_features,
     token_energies,
 )
-from .execution import InputGroups
+from .input_execution import InputGroups
 from .input_router import ROUTER_NAME, InputRouter, num_scored
 from .inspection import (
     LayerRouting,

@@ -26,11 +26,10 @@ from torch.utils.hooks import RemovableHandle
 from ..config import SmileConfig
 from .attribution import LayerInputs, find_token_layers, first_input, log_token_layers
 from .energy import num_scored_rows
-from .execution import InputGroups
 from .merged_weights import MergedWeights
 from .prototypes import Prototypes
 from .routed import RoutedLayer, routed_layers
-from .routing_policy import choose_for_all_layers, group_by_expert, observe_layer
+from .routing_policy import choose_for_all_layers, observe_layer
 from .routing_state import (
     CACHE_ARGUMENTS,
     RoutingState,
@@ -149,14 +148,6 @@ class InputRouter(nn.Module):
             return None
         layer.call_routing_hooks(x, cast(Tensor, state.scores))
         return repeat_for_rows(state.choice, x.shape[0])
-
-    def group_inputs(self, state: RoutingState, weights: Tensor) -> InputGroups | None:
-        """The inputs grouped by expert, once for all layers."""
-        if is_traced():
-            return None
-        if state.groups is None or state.groups.num_inputs != len(weights):
-            state.groups = group_by_expert(weights)
-        return state.groups
 
     # -- the calls of the model; see `attachment`
 

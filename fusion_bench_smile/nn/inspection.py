@@ -156,6 +156,8 @@ def use_experts(model: nn.Module, weights: Tensor) -> Iterator[None]:
         raise ConfigError(f"the weights of the experts have the shape {tuple(weights.shape)}; it must be {expected}")
     weights = weights.detach().clone().reshape(-1, len(router.experts)).to(next(model.parameters()).device)
     state = RoutingState(router, num_inputs=len(weights), scores=weights, choice=weights, is_given=True)
+    if not weights.is_meta:
+        state.num_served = max(1, int(weights.count_nonzero(dim=-1).max())) if len(weights) else 1
     if (choice := state.one_choice) is not None:
         router.merged_weights.announce(choice)
         state.merges = True

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ..config import SmileConfig
 from .energy import SCORED_ROWS, energy_shares, forget_rows, routing_features
-from .execution import InputGroups
 from .prototypes import Prototypes
 from .routed import RoutedLayer
 from .routing_state import RoutingState, log_energy_share
@@ -45,7 +44,7 @@ def choose_for_all_layers(
         state.scores = spread_scores(torch.stack(state.features))
     else:  # features to fit prototypes to
         return
-    state.choice = routing_weights(state.scores, config.top_k)
+    state.choice, state.num_served = routing_weights(state.scores, config.top_k), config.top_k
     if config.refuse_unknown and prototypes is not None and state.features:
         state.choice = state.choice * prototypes.known(state.input_features)[:, None]
 
@@ -61,9 +60,3 @@ def spread_scores(log_shares: Tensor) -> Tensor:
     mean = behind.mean(dim=0)
     spread = (behind - mean).square().mean(dim=0).sqrt().clamp(min=LEAST_SPREAD)
     return -SHARPNESS * mean / spread
-
-
-def group_by_expert(weights: Tensor) -> InputGroups:
-    """Group inputs by the experts that have a weight above zero for them, from weights (B, T)."""
-    members = [(expert, weights[:, expert].nonzero()[:, 0]) for expert in range(weights.shape[1])]
-    return InputGroups(len(weights), [(expert, inputs) for expert, inputs in members if len(inputs)])

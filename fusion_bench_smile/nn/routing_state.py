@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .execution import InputGroups
+from .input_execution import InputGroups
 from .merged_weights import Choice
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ class RoutingState:
     can_end_early: bool = False  # the first pass ends with the last of the `awaited` layers
     awaited: set[RoutedLayer] = field(default_factory=set)  # the layers that the first pass has yet to score
     features: list[Tensor] = field(default_factory=list)  # of each layer so far, (B, T), for prototypes (B, 2·T)
-    groups: InputGroups | None = None  # the inputs by expert, for a choice that holds in all layers
+    num_served: int | None = None  # the number of experts of an input, at most; None is unknown
+    _served: tuple[Tensor, Tensor] | None = None  # kept for all layers, as the groups
+    _groups: InputGroups | None = None
     _one_choice: Choice | None = None  # kept, since a device has to be waited for
 
     @property
@@ -75,6 +77,21 @@ class RoutingState:
         assert self.router is not None
         assert self.choice is not None, "the call has not chosen"
         return [self.router.experts[index] for index in self.choice.argmax(dim=-1).tolist()]
+
+    def served_inputs(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The `num_served` experts of each input with weights (B, T), and their weights: both (B, num_served)."""
+        if self._served is None or len(self._served[0]) != len(weights):
+            assert self.num_served is not None
+            experts = weights.abs().topk(self.num_served, dim=-1).indices
+            self._served = experts, weights.gather(-1, experts)
+        return self._served
+
+    def group_inputs(self, weights: Tensor) -> InputGroups:
+        """The inputs with weights (B, T), grouped by the experts that have a weight other than zero for them."""
+        if self._groups is None or self._groups.num_inputs != len(weights):
+            members = [(expert, weights[:, expert].nonzero()[:, 0]) for expert in range(weights.shape[1])]
+            self._groups = InputGroups(len(weights), [(expert, inputs) for expert, inputs in members if len(inputs)])
+        return self._groups
 
     def copy(self) -> RoutingState:
         """The decisions so far, for a call that continues the same inputs and may add others."""

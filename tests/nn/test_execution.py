@@ -12,7 +12,7 @@ from torch import nn
 
 from fusion_bench_smile import ConfigError, upscale
 from fusion_bench_smile.nn import DENSE, ExpertLayout, RoutedLayer
-from fusion_bench_smile.nn.execution import MIN_TOKENS, grouping_pays
+from fusion_bench_smile.nn.token_execution import MIN_TOKENS, grouping_pays
 
 SYNCHRONISING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "index.Tensor", "where.default", "tolist")
 

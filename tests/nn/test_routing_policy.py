@@ -7,7 +7,7 @@ from layers import UNIFORM, random_layer
 
 from fusion_bench_smile import SmileConfig
 from fusion_bench_smile.nn import MIN_ENERGY_SHARE, ExpertLayout, Prototypes, energy_shares, routing_features
-from fusion_bench_smile.nn.routing_policy import SHARPNESS, choose_for_all_layers, group_by_expert, observe_layer
+from fusion_bench_smile.nn.routing_policy import SHARPNESS, choose_for_all_layers, observe_layer
 from fusion_bench_smile.nn.routing_state import RoutingState
 
 INPUT = SmileConfig(routing_scope="input", top_k=2)
@@ -15,9 +15,19 @@ INPUT = SmileConfig(routing_scope="input", top_k=2)
 
 def test_inputs_are_grouped_by_the_experts_that_serve_them():
     weights = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.3, 0.7], [0.0, 0.0, 0.0]])
-    groups = group_by_expert(weights)
+    groups = RoutingState(num_inputs=3).group_inputs(weights)
     assert groups.num_inputs == 3
     assert [(expert, inputs.tolist()) for expert, inputs in groups.members] == [(1, [0, 1]), (2, [1])]
+
+
+def test_the_experts_of_an_input_are_those_with_a_weight():
+    weights = torch.tensor([[0.0, 1.0, 0.0], [-0.3, 0.0, 0.7]])
+    state = RoutingState(num_inputs=2, num_served=2)
+    experts, shares = state.served_inputs(weights)
+    assert torch.equal(torch.zeros(2, 3).scatter(1, experts, shares), weights)
+    assert state.served_inputs(weights)[0] is experts  # once for all layers
+    beams = state.served_inputs(weights.repeat_interleave(2, 0))
+    assert torch.equal(beams[1], shares.repeat_interleave(2, 0))
 
 
 def test_scores_are_how_far_experts_are_behind_in_deviations_over_the_layers():
