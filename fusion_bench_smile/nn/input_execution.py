@@ -68,20 +68,23 @@ def merged_parameters(layer: RoutedLayer, x: Tensor, state: RoutingState) -> Par
     if torch.is_grad_enabled():
         router.merged_weights.clear()  # the model may be trained
         return None
-    if not _sum_is_exact(layer, x) or (choice := state.one_choice) is None:
+    choice = state.one_choice
+    if choice is None or is_autocast(x.device.type):
         return None
+    known = router.merged_weights.get(layer, choice) if state.merges else None
+    if known is not None or not _sum_is_exact(layer):
+        return known
     if state.merges:
-        return router.merged_weights.get(layer, choice)
+        return router.merged_weights.add(layer, choice)
     out_features, in_features = layer.weight_matrix(layer.weight).shape
     tokens = x.numel() // in_features
     pays = bool(layer.layout.dense_experts) or tokens * (in_features + out_features) > in_features * out_features
     return merge(layer, choice) if pays else None
 
 
-def _sum_is_exact(layer: RoutedLayer, x: Tensor) -> bool:
-    """Whether weights are added and multiplied in float32 at least; otherwise deltas would be lost in the rounding."""
-    dtype = layer.weight.dtype
-    return dtype in (torch.float32, torch.float64) and not is_wrapped(layer.weight) and not is_autocast(x.device.type)
+def _sum_is_exact(layer: RoutedLayer) -> bool:
+    """Whether weights are added in float32 at least; otherwise deltas would be lost in the rounding."""
+    return layer.weight.dtype in (torch.float32, torch.float64) and not is_wrapped(layer.weight)
 
 
 def execution_of(layer: RoutedLayer, x: Tensor, num_served: int | None) -> Execution:

@@ -6,9 +6,9 @@ from threading import Lock
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .versions import Version, version_of
+from .versions import Version, is_version_of, version_of
 
 if TYPE_CHECKING:
     from .routed import RoutedLayer
@@ -70,21 +70,30 @@ class MergedWeights:
         self._kept, self._choice, self.num_bytes = {}, None, 0
 
     def get(self, layer: RoutedLayer, choice: Choice) -> Parameters | None:
-        """The merged weight and bias of a layer; None if they do not fit, or another choice was announced."""
-        tensors = list(layer._parameters.values())
-        if "weight" not in layer._parameters:  # it is computed from others, e.g. by `torch.nn.utils.prune`
-            tensors += [cast(nn.Parameter, layer.weight), cast("nn.Parameter | None", layer.bias)]
-        version = version_of(tensors)
+        """The merged weight and bias of a layer; None if there are none that are right."""
         with self._lock:
             known = self._kept.get(layer)
+            if known is None or choice != self._choice or not is_version_of(known[0], _tensors_of(layer)):
+                return None
+            return known[1]
+
+    def add(self, layer: RoutedLayer, choice: Choice) -> Parameters | None:
+        """Merge the weight and bias of a layer; None if they do not fit, or another choice was announced."""
+        version = version_of(_tensors_of(layer))
+        with self._lock:
             if version is None or choice != self._choice:
                 return None
-            if known is not None and known[0] == version:
-                return known[1]
             size = layer.weight.nbytes
-            self.num_bytes -= size if known is not None else 0
-            self._kept.pop(layer, None)
+            self.num_bytes -= size if self._kept.pop(layer, None) is not None else 0
             if self.num_bytes + size > self.max_bytes:
                 return None
             self._kept[layer], self.num_bytes = (version, merge(layer, choice)), self.num_bytes + size
             return self._kept[layer][1]
+
+
+def _tensors_of(layer: RoutedLayer) -> list[Tensor | None]:
+    """The tensors that the merged weight and bias of a layer depend on."""
+    tensors: list[Tensor | None] = list(layer._parameters.values())
+    if "weight" not in layer._parameters:  # it is computed from others, e.g. by `torch.nn.utils.prune`
+        tensors += [layer.weight, cast("Tensor | None", layer.bias)]
+    return tensors

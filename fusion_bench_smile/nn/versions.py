@@ -36,5 +36,19 @@ def version_of(tensors: Iterable[Tensor | None], *kinds: object) -> Version | No
         storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in given)
     except (NotImplementedError, RuntimeError):
         return None
-    described = tuple((id(t), t._version, t.storage_offset(), t.stride(), t.dtype, t.device) for t in given)
-    return Version(storages, described, kinds)
+    return Version(storages, tuple(map(_described, given)), kinds)
+
+
+def is_version_of(version: Version, tensors: Iterable[Tensor | None]) -> bool:
+    """Whether tensors still have a version, which is faster than to compare it with `version_of`."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return len(given) == len(version.tensors) and all(
+        tensor.untyped_storage()._cdata == storage.cdata
+        and _described(tensor) == described
+        and not (tensor.is_leaf and tensor.grad is not None)
+        for tensor, storage, described in zip(given, version.storages, version.tensors, strict=True)
+    )
+
+
+def _described(tensor: Tensor) -> tuple[object, ...]:
+    return id(tensor), tensor._version, tensor.storage_offset(), tensor.stride(), tensor.dtype, tensor.device

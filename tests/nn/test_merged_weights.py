@@ -65,7 +65,8 @@ def test_a_convolution_with_channels_last_is_merged() -> None:
 def test_weights_are_kept_until_the_layer_changes() -> None:
     layer, choice, kept = random_layer(UNIFORM, 6, 5), CHOICES[2], MergedWeights()
     assert not kept.announce(choice)
-    first = kept.get(layer, choice)
+    assert kept.get(layer, choice) is None
+    first = kept.add(layer, choice)
     assert kept.get(layer, choice) is first
     for change in (
         lambda: layer.up.mul_(2),
@@ -77,7 +78,9 @@ def test_weights_are_kept_until_the_layer_changes() -> None:
         lambda: prune.random_unstructured(layer, "weight", 0.3),
     ):
         change()
-        torch.testing.assert_close(kept.get(layer, choice), expected(layer, choice), rtol=1e-12, atol=1e-12)
+        assert kept.get(layer, choice) is None
+        torch.testing.assert_close(kept.add(layer, choice), expected(layer, choice), rtol=1e-12, atol=1e-12)
+        assert kept.get(layer, choice) is not None
     assert kept.num_bytes == layer.weight.nbytes
 
 
@@ -88,16 +91,17 @@ def test_the_weights_of_one_choice_are_kept_within_a_bound() -> None:
     kept = MergedWeights(max_bytes=size)
     kept.announce(choices[0])
     assert kept.announce(choices[0])
-    assert kept.get(layers[0], choices[0]) is not None
-    assert kept.get(layers[1], choices[0]) is None  # it does not fit
-    assert kept.get(layers[0], choices[1]) is None  # it was not announced
+    assert kept.add(layers[0], choices[0]) is not None
+    assert kept.add(layers[1], choices[0]) is None  # it does not fit
+    assert kept.add(layers[0], choices[1]) is None  # it was not announced
+    assert kept.get(layers[0], choices[1]) is None
     assert kept.num_bytes == size
     assert not kept.announce(choices[1])
     assert kept.num_bytes == 0
-    assert kept.get(layers[1], choices[1]) is not None
+    assert kept.add(layers[1], choices[1]) is not None
     kept.clear()
     assert kept.num_bytes == 0
-    assert kept.get(layers[1], choices[1]) is None
+    assert kept.get(layers[1], choices[1]) is None is kept.add(layers[1], choices[1])
 
 
 def bytes_of_layers(model: nn.Module) -> int:
