@@ -113,14 +113,14 @@ def layer_rows(shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...], dev
 
 
 def upscaled(base: nn.Module, **options: object) -> nn.Module:
-    """Upscale a model with random experts."""
+    """Upscale a copy of a model with random experts; weights that two models share would stay in the cache."""
     generator = torch.Generator().manual_seed(0)
     experts = [copy.deepcopy(base) for _ in range(EXPERTS)]
     for expert in experts:
         for module in expert.modules():
             if isinstance(module, nn.Linear):
                 module.weight.data += delta(tuple(module.weight.shape), generator)  # type: ignore[arg-type]
-    return upscale(base, experts, gate_k=GATE_K, k=K, **options)
+    return upscale(copy.deepcopy(base), experts, gate_k=GATE_K, k=K, **options)
 
 
 def tower_row(device: torch.device, dtype: torch.dtype, batch: int, depth: int) -> None:

@@ -1,4 +1,8 @@
-"""The execution of a routed layer: by `token_execution` or `input_execution`, as its router chooses experts."""
+"""The execution of a routed layer: that of `token_execution` or of `input_execution`, as its router chooses experts.
+
+``execution="masked"`` computes all experts and multiplies most of them by zero. ``execution="grouped"`` computes the
+experts of each token or input alone. ``"auto"`` takes what is cheapest.
+"""
 
 from __future__ import annotations
 

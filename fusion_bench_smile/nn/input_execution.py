@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .routed import RoutedLayer
     from .routing_state import RoutingState
 
-Execution = Literal["masked", "grouped", "batched"]
+InputExecution = Literal["masked", "grouped", "batched"]
 
 # On a CPU, in multiply-adds of a large product: to gather a value, to multiply and add in a batched product, and what
 # each group takes whatever its size.
@@ -87,7 +87,7 @@ def _sum_is_exact(layer: RoutedLayer) -> bool:
     return layer.weight.dtype in (torch.float32, torch.float64) and not is_wrapped(layer.weight)
 
 
-def execution_of(layer: RoutedLayer, x: Tensor, num_served: int | None) -> Execution:
+def execution_of(layer: RoutedLayer, x: Tensor, num_served: int | None) -> InputExecution:
     """How the experts of inputs x (B, …, in) are computed, of which each has `num_served`, None for an unknown number.
 
     Groups need their sizes, for which an accelerator would be waited for, and which a compiler or export can't know.
@@ -105,11 +105,11 @@ def execution_of(layer: RoutedLayer, x: Tensor, num_served: int | None) -> Execu
     return min(costs, key=lambda name: costs[name])
 
 
-def _costs(layer: RoutedLayer, x: Tensor, num_served: int) -> dict[Execution, float]:
+def _costs(layer: RoutedLayer, x: Tensor, num_served: int) -> dict[InputExecution, float]:
     """The cost of each execution, in multiply-adds of a large product."""
     layout, (out_features, in_features) = layer.layout, layer.weight_matrix(layer.weight).shape
     width, inputs, tokens = in_features + out_features, len(x), x.numel() // in_features
-    costs: dict[Execution, float] = {"masked": tokens * sum(layout.low_ranks) * width}
+    costs: dict[InputExecution, float] = {"masked": tokens * sum(layout.low_ranks) * width}
     share = num_served / layout.num_experts
     costs["grouped"] = (
         layout.num_experts * GROUP_COST + share * costs["masked"] + num_served * tokens * width * GATHER_COST

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # the result is weighted. A group of few tokens takes as long as one of MIN_TOKENS, since the weights have to be read.
 GROUP_COST, WEIGHTED_GROUP_COST = 10_000_000, 40_000_000
 MIN_TOKENS = 8
+JOINT_TOKENS = 4  # with more tokens for each row of the factors, biases are added in the same product
 
 
 def by_token(layer: RoutedLayer, x: Tensor) -> Tensor:
@@ -90,11 +91,14 @@ def _saved_products(layer: RoutedLayer, x: Tensor) -> float:
 def masked(layer: RoutedLayer, x: Tensor, output: Tensor, projections: Tensor | None, weights: Tensor) -> Tensor:
     """`output` (…, out) plus the contribution of every expert, times its weight (…, T)."""
     up, dense, bias = layer.rows("up"), layer.rows("dense"), layer.expert_bias
-    coefficients = [] if up is None else [_weighted_directions(layer, x, projections, weights)]
-    rows = [values for values in (up, bias) if values is not None]
-    if rows:  # in one product, since a further one reads and writes the output once more
-        coefficients += [] if bias is None else [weights]
-        output = _add_product(output, torch.cat(coefficients, dim=-1), torch.cat(rows))
+    if up is not None:
+        coefficients = _weighted_directions(layer, x, projections, weights)
+        if bias is not None and not is_traced() and coefficients.numel() > JOINT_TOKENS * up.shape[0] ** 2:
+            # one product at the price of a copy of the rows: a second one would read and write the output again
+            coefficients, up, bias = torch.cat([coefficients, weights], dim=-1), torch.cat([up, bias]), None
+        output = _add_product(output, coefficients, up)
+    if bias is not None:
+        output = _add_product(output, weights, bias)
     if dense is not None:
         weights = weights.to(output.dtype)
         for row, expert in enumerate(layer.layout.dense_experts):
