@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
 from ..config import SmileConfig
-from ..exceptions import CheckpointError, SmileError
+from ..exceptions import CheckpointError, ConfigError, SmileError
 from ..io import write_atomically
+from ..io.metadata import SmileMetadata
 from ..io.model_card import CARD_FILE
 from ..io.tables import escape_markdown, markdown_table
 from ..io.transformers_hook import read_metadata
 from .report import ReportError, RunReport
 
 START, END = "<!-- results of smile-card -->", "<!-- /results of smile-card -->"  # a person's text around them stays
-COMPARED = ("gate_k", "k", "top_k", "routing_scope", "storage", "density")  # options that a report and a model share
+SETTINGS = ("execution", "device", "upscaling_accelerator", "full_matrices")  # of the computation, not of the model
 
 
 def complete_card(
@@ -52,7 +54,7 @@ def complete_card(
     if base_model is not None:
         card.data.base_model = base_model
     if report is not None:
-        _check_report(report, metadata.config, metadata.experts)
+        _check_report(report, metadata)
         card.data.model_name = folder.resolve().name
         card.data.eval_results = _results(report, task)
         before, _, replaced = card.text.partition(START)
@@ -60,15 +62,23 @@ def complete_card(
     write_atomically(file, str(card))
 
 
-def _check_report(report: RunReport, config: SmileConfig, experts: Sequence[str]) -> None:
+def _check_report(report: RunReport, metadata: SmileMetadata) -> None:
     if report.status != "complete":
         raise ReportError(f"the run failed: {report.error}")
-    if report.models and sorted(report.models) != sorted(experts):
+    if report.models and sorted(report.models) != sorted(metadata.experts):
         raise ReportError("the report is of other experts than the checkpoint: choose that of its run")
-    options = config.to_dict()
-    for name in COMPARED:
-        if name in report.method and report.method[name] != options[name]:
-            given = f"{name}={report.method[name]} in the report, {options[name]} in the checkpoint"
+    names = [field.name for field in fields(SmileConfig) if field.name not in SETTINGS]
+    options = {name: report.method[name] for name in names if name in report.method}
+    try:
+        reported = SmileConfig(**options).to_dict()
+    except (ConfigError, TypeError) as error:
+        raise ReportError(f"the report is of another model: {error}") from None
+    pairs = {name: (reported[name], metadata.config.to_dict()[name]) for name in options}
+    if "calibration" in report.method:
+        pairs["calibration"] = (bool(report.method["calibration"]), metadata.prototypes is not None)
+    for name, (of_run, of_model) in pairs.items():
+        if of_run != of_model:
+            given = f"{name}={of_run} in the report, {of_model} in the checkpoint"
             raise ReportError(f"the report is of another model, {given}: choose that of its run")
 
 

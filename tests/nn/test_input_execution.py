@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import RAGGED, UNIFORM, random_layer
 from torch import Tensor
@@ -64,6 +64,7 @@ def test_all_executions_are_the_dense_algebra(name: str, shape: tuple[int, ...],
         torch.testing.assert_close(output, torch.stack(expected), rtol=1e-10, atol=1e-10)
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     ranks=st.lists(st.integers(0, 6), min_size=1, max_size=5),
     gate_rank=st.integers(1, 5),
