@@ -30,6 +30,16 @@ class Session(NamedTuple):
     allowed: tuple[type, ...] = ()
 
 
+def _from_pretrained(path: Path) -> nn.Module:
+    try:
+        model: nn.Module = CLIPVisionModel.from_pretrained(path)
+    except RuntimeError as error:  # torch's error of a shard that is gone when it is mapped into memory
+        if "unable to open file" not in str(error):
+            raise
+        raise OSError(str(error)) from None
+    return model
+
+
 def _session(target: str, read: Callable[[Path], nn.Module], allowed: tuple[type, ...] = ()) -> Session:
     return Session(target, lambda path: identity(read(path)), allowed)
 
@@ -40,10 +50,8 @@ SESSIONS = {
     "load(verify=True)": _session("save, shards", partial(load, verify=True)),
     "load, router for whole inputs": _session("save, router for whole inputs", load),
     "load, not of transformers": _session("save, not of transformers", lambda path: load(path, perceptron())),
-    "from_pretrained, same shards": _session("save, shards", CLIPVisionModel.from_pretrained, (OSError,)),
-    "from_pretrained, other numbers of shards": _session(
-        "save, other numbers of shards", CLIPVisionModel.from_pretrained, (OSError,)
-    ),
+    "from_pretrained, same shards": _session("save, shards", _from_pretrained, (OSError,)),
+    "from_pretrained, other numbers of shards": _session("save, other numbers of shards", _from_pretrained, (OSError,)),
 }
 
 
