@@ -21,7 +21,7 @@ from .compatibility import is_wrapped
 from .layout import is_uniform
 from .merged_weights import Parameters, merge
 from .scoring import is_autocast, is_traced, project_on_router
-from .token_execution import masked
+from .token_execution import GROUP_COST, masked
 
 if TYPE_CHECKING:
     from .routed import RoutedLayer
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 InputExecution = Literal["masked", "grouped", "batched"]
 
-# On a CPU, in multiply-adds of a large product: to gather a value of the factors or of the tokens, to multiply and add
-# in a batched product, and what each group takes whatever its size.
-FACTOR_COST, TOKEN_COST, BATCHED_COST, GROUP_COST = 32, 16, 2, 10_000_000
+# On a CPU, in multiply-adds of a large product: to gather a value of the factors or of the tokens, and to multiply and
+# add in a batched product.
+FACTOR_COST, TOKEN_COST, BATCHED_COST = 32, 16, 2
 MOST_INPUTS = 0.7  # an expert of a larger share of a batch is computed for all: gathering a part costs more
 
 

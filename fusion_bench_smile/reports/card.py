@@ -73,7 +73,8 @@ def _check_report(report: RunReport, metadata: SmileMetadata) -> None:
         reported = SmileConfig(**options).to_dict()
     except (ConfigError, TypeError) as error:
         raise ReportError(f"the report is of another model: {error}") from None
-    pairs = {name: (reported[name], metadata.config.to_dict()[name]) for name in options}
+    stored = metadata.config.to_dict()
+    pairs = {name: (reported[name], stored[name]) for name in options}
     if "calibration" in report.method:
         pairs["calibration"] = (bool(report.method["calibration"]), metadata.prototypes is not None)
     for name, (of_run, of_model) in pairs.items():
