@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 InputExecution = Literal["masked", "grouped", "batched"]
 
-# On a CPU, in multiply-adds of a large product: to gather a value of the factors or of the tokens, and to multiply and
-# add in a batched product.
-FACTOR_COST, TOKEN_COST, BATCHED_COST = 32, 16, 2
+# On a CPU, in multiply-adds of a large product: to gather a value of the factors or of the tokens, and a multiply-add
+# in a product of a group or of a batch.
+FACTOR_COST, TOKEN_COST, PRODUCT_COST = 32, 16, 2
 MOST_INPUTS = 0.7  # an expert of a larger share of a batch is computed for all: gathering a part costs more
 
 
@@ -111,12 +111,11 @@ def _costs(layer: RoutedLayer, x: Tensor, num_served: int) -> dict[InputExecutio
     width, inputs, tokens = in_features + out_features, len(x), x.numel() // in_features
     costs: dict[InputExecution, float] = {"masked": tokens * sum(layout.low_ranks) * width}
     share = num_served / layout.num_experts
-    costs["grouped"] = (
-        layout.num_experts * GROUP_COST + share * costs["masked"] + num_served * tokens * width * TOKEN_COST
-    )
+    products = share * costs["masked"] * PRODUCT_COST
+    costs["grouped"] = layout.num_experts * GROUP_COST + products + num_served * tokens * width * TOKEN_COST
     if tokens and layer.can_group_tokens and any(layout.low_ranks):
         rows = num_served * max(layout.low_ranks)
-        costs["batched"] = rows * width * (inputs * FACTOR_COST + tokens * BATCHED_COST)
+        costs["batched"] = rows * width * (inputs * FACTOR_COST + tokens * PRODUCT_COST)
     return costs
 
 
