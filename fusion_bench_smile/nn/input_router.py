@@ -118,8 +118,9 @@ class InputRouter(nn.Module):
         """The number of router rows of each expert, at most, that score whole inputs; None is all."""
         return num_scored_rows(len(self.experts)) if self.prototypes is None else self.prototypes.rows
 
-    # -- the questions of the layers
+    # -- the questions of the layers; a compiler would trace what they keep in the state, and get it wrong
 
+    @torch.compiler.disable
     def state_for(self, layer: RoutedLayer) -> RoutingState | None:
         """The state of the call in progress; None if the layer routes each token by itself.
 
@@ -135,6 +136,7 @@ class InputRouter(nn.Module):
         has_one_choice = state.choice is not None and state.num_inputs == 1 and state.is_given
         return None if layer in self.token_layers and not (state.in_first_pass or has_one_choice) else state
 
+    @torch.compiler.disable
     def weights(self, state: RoutingState, layer: RoutedLayer, x: Tensor) -> Tensor | None:
         """The weight of each expert for each input of x: (rows, T). None in the first pass, which scores the layer."""
         if state.inputs_of_layers is not None:
@@ -151,6 +153,7 @@ class InputRouter(nn.Module):
 
     # -- the calls of the model; see `attachment`
 
+    @torch.compiler.disable
     def run(
         self, module: nn.Module, role: Role, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:

@@ -97,3 +97,15 @@ def test_a_detached_router_leaves_nothing_behind(make, inputs) -> None:
     assert torch.equal(output(model, x), output(plain, x))
     attach_router(model, InputRouter(router.smile_config, router.experts))
     assert torch.equal(output(model, x), expected)
+
+
+@pytest.mark.parametrize("parts", ["model", "layers"])
+def test_compilation_does_not_change_the_output(parts: str) -> None:
+    tower = clip_tower()
+    model, inputs = upscale(tower, experts_of(tower), k=4, gate_k=2, routing_scope="input"), clip_inputs()
+    expected = output(model, inputs)
+    assert not torch.allclose(output(tower, inputs), expected)
+    for module in (model,) if parts == "model" else model.vision_model.encoder.layers:
+        module.compile(backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(output(model, inputs), expected)
