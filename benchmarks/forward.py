@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from construction import delta, framework
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fusion_bench_smile import upscale
 
@@ -112,7 +112,7 @@ def layer_rows(shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...], dev
             print(f"| {count} | mean | | {mean[0]:.2f}× | {mean[2]:.2f}× | {mean[1]:.2f}× | |", flush=True)
 
 
-def upscaled(base: nn.Module, **options: object) -> nn.Module:
+def upscaled(base: nn.Module) -> nn.Module:
     """Upscale a copy of a model with random experts; weights that two models share would stay in the cache."""
     generator = torch.Generator().manual_seed(0)
     experts = [copy.deepcopy(base) for _ in range(EXPERTS)]
@@ -120,7 +120,7 @@ def upscaled(base: nn.Module, **options: object) -> nn.Module:
         for module in expert.modules():
             if isinstance(module, nn.Linear):
                 module.weight.data += delta(tuple(module.weight.shape), generator)  # type: ignore[arg-type]
-    return upscale(copy.deepcopy(base), experts, gate_k=GATE_K, k=K, **options)
+    return upscale(copy.deepcopy(base), experts, gate_k=GATE_K, k=K)
 
 
 def tower_row(device: torch.device, dtype: torch.dtype, batch: int, depth: int) -> None:
@@ -133,32 +133,6 @@ def tower_row(device: torch.device, dtype: torch.dtype, batch: int, depth: int) 
     print(
         f"\nViT-B/32 with {depth} layers, batch {batch}: plain {seconds['plain'] * 1e3:.0f} ms, ours "
         f"{seconds['ours'] * 1e3:.0f} ms, {seconds['ours'] / seconds['plain']:.2f}× the plain model",
-        flush=True,
-    )
-
-
-def decoding_row(device: torch.device, dtype: torch.dtype, steps: int = 32) -> None:
-    """Print the times of decoding, one token at a time with a key-value cache."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=16
-    )
-    base = LlamaForCausalLM(config).eval()
-    models = {
-        "plain": base.to(device, dtype), "by token": upscaled(base).to(device, dtype),
-        "by input": upscaled(base, routing_scope="input", top_k=2).to(device, dtype),
-    }  # fmt: skip
-    prompt = torch.arange(8, device=device)[None]
-    settings = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
-    runs = {name: partial(model.generate, prompt, **settings) for name, model in models.items()}  # type: ignore[operator]
-    seconds = interleaved(runs, device, budget=10)
-    each = {name: value / steps * 1e3 for name, value in seconds.items()}
-    routed = ", ".join(
-        f"{name} {each[name]:.2f} ms, {each[name] / each['plain']:.2f}×" for name in each if name != "plain"
-    )
-    print(
-        f"\nDecoding {steps} tokens with a cache, a Llama of width 1024 and 2 layers, relative to the plain model's "
-        f"{each['plain']:.2f} ms a token: {routed}",
         flush=True,
     )
 
@@ -197,7 +171,6 @@ def main() -> None:
     layer_rows(((4096, 4096),), (1,), device, dtype)
     if options.depth:
         tower_row(device, dtype, 32, options.depth)
-    decoding_row(device, dtype)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,10 @@ class RoutingState:
 
 def active_state(router: InputRouter) -> RoutingState | None:
     """The state of the innermost call in progress whose layers ask a router; None outside of calls."""
-    return next((state for state in reversed(_active.get()) if state.router is router), None)
+    for state in reversed(_active.get()):
+        if state.router is router:
+            return state
+    return None
 
 
 @contextmanager
