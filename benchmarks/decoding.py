@@ -26,7 +26,6 @@ SETTINGS = {
 }  # fmt: skip
 
 
-@torch.inference_mode()
 def main() -> None:
     """Print the table of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,7 +45,7 @@ def main() -> None:
     for count in options.tokens:
         settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
         runs = {name: partial(model.generate, **tokens, **settings) for name, model in models.items()}
-        seconds = interleaved(runs, device, budget=options.seconds)
+        seconds = interleaved(runs, device, budget=options.seconds)  # `generate` computes no gradients
         for name, value in seconds.items():
             rows[name].append(f"{value / count * 1e3:.1f} | {value / seconds['plain']:.2f}×")
     headings = [f"{count} tokens: ms a token | relative" for count in options.tokens]

@@ -44,9 +44,10 @@ SETTINGS = {
 FRAMEWORK = "framework, 16/32"
 
 
+# the models are built outside: of parameters made in inference mode nothing is kept from call to call
+@torch.inference_mode()
 def paired_ratios(functions: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
     """The median over rounds of each function's time, relative to that of the first function in the same round."""
-
     for run in functions.values():
         seconds_of(run, device)
     times = []
@@ -92,7 +93,6 @@ def scoring_products(layer: RoutedLayer, rows: int) -> int:
     return in_features * (out_features + sum(min(rank, rows) for rank in layer.layout.gate_ranks))
 
 
-@torch.inference_mode()
 def main() -> None:
     """Print the table of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
