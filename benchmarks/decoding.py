@@ -13,7 +13,6 @@ import argparse
 from copy import deepcopy
 from functools import partial
 
-import torch
 from forward import add_device, interleaved, set_up
 
 from fusion_bench_smile import upscale
