@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # torch is pinned and installed first: a requirement of another package may select its CUDA build of several gigabytes
 TORCH := $(shell grep '^torch==' constraints.txt)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 .PHONY: demo test coverage lint docs clean
 
@@ -11,11 +12,11 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m smile_zoo.comparison --folder demo
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal tests
+	$(PYTEST) tests
 
 # apart from the tests, since it takes half as long again
 coverage: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal --cov --cov-report=term:skip-covered tests
+	$(PYTEST) --cov --cov-report=term:skip-covered tests
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

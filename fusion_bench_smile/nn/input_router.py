@@ -118,7 +118,8 @@ class InputRouter(nn.Module):
         """The number of router rows of each expert, at most, that score whole inputs; None is all."""
         return num_scored_rows(len(self.experts)) if self.prototypes is None else self.prototypes.rows
 
-    # -- the questions of the layers; a compiler would trace what they keep in the state, and get it wrong
+    # What follows is not compiled: a compiler traces wrongly what it keeps in the state.
+    # -- the questions of the layers
 
     @torch.compiler.disable
     def state_for(self, layer: RoutedLayer) -> RoutingState | None:
